@@ -1,0 +1,39 @@
+"""Plain PyTorch parts on every device: fused attention for the content, two small matrix products for the position.
+
+The output is linear in the two maps, so O = (1 - g) * SDPA(q, k, v) + g * (row_table x col_table) V exactly, and the
+positional half costs N * (height + width) * head_dim per head and image instead of N * N * head_dim. No N x N tensor.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..relpos import relative_position_tables
+
+
+def _positional_values(v: Tensor, row_table: Tensor, col_table: Tensor) -> Tensor:
+    """(B, H, N, D) -> (B, H, N, D): the positional attention applied to v, first along x, then along y."""
+    batch, heads, tokens, head_dim = v.shape
+    height, width = row_table.shape[-1], col_table.shape[-1]
+    mixed = col_table[:, None] @ v.reshape(batch, heads, height, width, head_dim)
+    mixed = row_table @ mixed.reshape(batch, heads, height, width * head_dim)
+    return mixed.reshape(batch, heads, tokens, head_dim)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_weight: Tensor,
+    gate: Tensor,
+    grid: tuple[int, int],
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    if dropout_p > 0:
+        raise NotImplementedError("one dropout mask for both maps needs the map itself: use the reference backend")
+    row_table, col_table = relative_position_tables(pos_weight, grid)
+    g = torch.sigmoid(gate.to(row_table.dtype))[:, None, None]
+    content = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    position = _positional_values(v, (g * row_table).to(v.dtype), col_table.to(v.dtype))
+    return torch.addcmul(position, content, (1 - g).to(v.dtype))

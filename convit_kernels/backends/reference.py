@@ -1,0 +1,41 @@
+"""The oracle: gated positional self-attention as the paper writes it (arXiv 2103.10697, equation 7), dense and eager.
+
+Nothing here is shared with the fast paths: the positional softmax runs over all N keys of the two-dimensional grid, not
+over its factors.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def relative_coordinates(grid: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """dx and dy, (N, N) each in like's dtype and device: column and row of the key minus those of the query."""
+    height, width = grid
+    token = torch.arange(height * width, device=like.device)
+    x, y = token % width, token // width
+    return (x[None, :] - x[:, None]).to(like.dtype), (y[None, :] - y[:, None]).to(like.dtype)
+
+
+def attention_map(q: Tensor, k: Tensor, pos_weight: Tensor, gate: Tensor, grid: tuple[int, int], scale: float) -> Tensor:
+    """The mixed map A, (B, H, N, N): (1 - sigmoid(gate)) * content + sigmoid(gate) * position. Each row sums to 1."""
+    content = ((q @ k.transpose(-2, -1)) * scale).softmax(dim=-1)
+    dx, dy = relative_coordinates(grid, pos_weight)
+    features = torch.stack((dx, dy, dx.square() + dy.square()), dim=-1)
+    position = torch.einsum("nmf,hf->hnm", features, pos_weight).softmax(dim=-1)
+    g = torch.sigmoid(gate)[:, None, None]
+    return ((1 - g) * content + g * position).to(q.dtype)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_weight: Tensor,
+    gate: Tensor,
+    grid: tuple[int, int],
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    weights = attention_map(q, k, pos_weight, gate, grid, scale)
+    return F.dropout(weights, dropout_p) @ v

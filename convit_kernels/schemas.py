@@ -1,0 +1,17 @@
+"""The schemas of the package's torch.library ops. No imports beyond the standard library: the build reads this file."""
+
+import hashlib
+
+SCHEMAS = {
+    # pos_weight (heads, 3), float32 or float64 -> row_table (heads, height, height), col_table (heads, width, width)
+    "relative_position_tables": "(Tensor pos_weight, int height, int width) -> (Tensor, Tensor)",
+    # the tables and their gradients -> the gradient of pos_weight, (heads, 3)
+    "relative_position_tables_backward": (
+        "(Tensor grad_row, Tensor grad_col, Tensor row_table, Tensor col_table) -> Tensor"
+    ),
+    # pos_weight (heads, 3) -> (heads, N, N rounded up to 16) in float32, float16 or bfloat16, N = height * width
+    "dense_position_table": "(Tensor pos_weight, int height, int width, ScalarType dtype) -> Tensor",
+}
+
+# Compiled into the native libraries; one that carries another fingerprint was built for other schemas.
+INTERFACE = hashlib.sha256(repr(sorted(SCHEMAS.items())).encode()).hexdigest()[:16]

@@ -1,0 +1,3 @@
+#include "module.h"
+
+CONVIT_KERNELS_DEFINE_MODULE(_C)

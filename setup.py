@@ -1,0 +1,194 @@
+"""Builds the native extensions: `_C` (C++, the CPU) and `_C_cuda` (CUDA C++), each against the LibTorch stable ABI.
+
+One build serves every torch >= 2.10 and Python >= 3.10. Neither extension is needed to install: whatever is missing on
+this machine (torch, a compiler, nvcc) is named in the build's output, and the package then runs in pure PyTorch there.
+
+Environment:
+    CONVIT_KERNELS_CPU, CONVIT_KERNELS_CUDA   auto (the default), 0 (skip), 1 (fail when it cannot be built)
+    CUDA_HOME                                 the CUDA toolkit, when it is not where nvcc says it is
+    TORCH_CUDA_ARCH_LIST                      for example "8.0;9.0+PTX"; default: see DEFAULT_ARCHITECTURES
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+PACKAGE = "convit_kernels"
+TORCH_TARGET = "0x020a000000000000"  # torch 2.10, the oldest whose stable ABI has all that the sources use
+PYTHON_TARGET = "0x030A0000"
+DEFAULT_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
+
+
+class CannotBuild(Exception):
+    """An extension cannot be built on this machine; the text says why."""
+
+
+def interface() -> str:
+    """A fingerprint of the op schemas: the package loads only libraries that carry the one it was written for."""
+    schemas = runpy.run_path(str(ROOT / PACKAGE / "schemas.py"))
+    return str(schemas["INTERFACE"])
+
+
+def torch_folder() -> Path:
+    try:
+        import torch
+    except ImportError as error:
+        raise CannotBuild(
+            "torch is not importable in the build environment: install torch first, then use --no-build-isolation"
+        ) from error
+    return Path(torch.__file__).parent
+
+
+def cuda_home() -> Path:
+    """The CUDA toolkit's root. A wrapper script named nvcc may stand anywhere, so nvcc itself is asked."""
+    if named := os.environ.get("CUDA_HOME"):
+        if not (Path(named) / "bin" / "nvcc").exists():
+            raise CannotBuild(f"CUDA_HOME={named} has no bin/nvcc")
+        return Path(named)
+    site = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
+    candidates = [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc", "/opt/cuda/bin/nvcc"]
+    for nvcc in [*candidates, *sorted(map(str, site.glob("cu*/bin/nvcc")))]:
+        if nvcc and Path(nvcc).exists():
+            dryrun = subprocess.run([nvcc, "--dryrun", "probe.cu"], capture_output=True, text=True, check=False)
+            if top := re.search(r"TOP=(\S+)", dryrun.stderr):
+                return Path(top[1]).resolve()
+    raise CannotBuild("no nvcc was found (looked at CUDA_HOME, PATH, /usr/local/cuda, /opt/cuda and pip's nvidia packages)")
+
+
+def architecture_flags(nvcc: Path) -> list[str]:
+    """nvcc's -gencode flags for TORCH_CUDA_ARCH_LIST, or for those of the default list that this nvcc knows."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    names = (asked or DEFAULT_ARCHITECTURES).replace(";", " ").split()
+    listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    flags = []
+    for name in names:
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
+        if match is None:
+            raise CannotBuild(f"TORCH_CUDA_ARCH_LIST has {name!r}; give numbers such as 9.0 or 9.0+PTX")
+        number = match[1] + match[2]
+        if asked is None and f"compute_{number}" not in listing.split():
+            continue
+        number += match[3]
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if match[4]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    if not flags:
+        raise CannotBuild(f"this nvcc knows none of {' '.join(names)}")
+    return flags
+
+
+def macros() -> list[tuple[str, str | None]]:
+    return [
+        ("TORCH_TARGET_VERSION", TORCH_TARGET),
+        ("Py_LIMITED_API", PYTHON_TARGET),
+        ("CONVIT_KERNELS_INTERFACE", f'"{interface()}"'),
+    ]
+
+
+def extension(name: str, sources: list[str], **options: list[str]) -> Extension:
+    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.h"))
+    return Extension(
+        f"{PACKAGE}.{name}",
+        sources=sources,
+        depends=[*headers, f"{PACKAGE}/schemas.py", *options.pop("depends", [])],
+        define_macros=macros(),
+        py_limited_api=True,
+        language="c++",
+        **options,
+    )
+
+
+class BuildNative(build_ext):
+    """build_ext, where an extension that cannot be built is left out with a message instead of ending the install."""
+
+    def build_extensions(self) -> None:
+        built = []
+        for ext in self.extensions:
+            knob = "CONVIT_KERNELS_CUDA" if ext.name.endswith("_cuda") else "CONVIT_KERNELS_CPU"
+            wish = os.environ.get(knob, "auto")
+            if wish not in ("auto", "0", "1"):
+                raise SystemExit(f"{knob}={wish}: allowed are auto, 0 and 1")
+            try:
+                if wish == "0":
+                    raise CannotBuild(f"{knob}=0")
+                self.prepare(ext)
+                self.build_extension(ext)
+                built.append(ext)
+            except Exception as error:  # a compiler can fail in any way, and none of them may stop the install
+                if wish == "1":
+                    raise
+                self.remove_stale(ext)
+                print(f"{PACKAGE}: not building {ext.name}: {error}", file=sys.stderr)
+        self.extensions = built
+
+    def prepare(self, ext: Extension) -> None:
+        torch = torch_folder()
+        include = torch / "include"
+        ext.include_dirs += [str(include)]
+        ext.library_dirs += [str(torch / "lib")]
+        ext.extra_compile_args = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall"]
+        if ext.name.endswith("_cuda"):
+            self.prepare_cuda(ext, include)
+        else:
+            ext.libraries += ["c10", "torch_cpu"]
+
+    def prepare_cuda(self, ext: Extension, include: Path) -> None:
+        import torch
+
+        if torch.version.cuda is None:
+            raise CannotBuild(f"torch {torch.__version__} is not a CUDA build")
+        home = cuda_home()
+        lib = next((path for path in (home / "lib64", home / "lib") if path.exists()), home / "lib64")
+        ext.library_dirs += [str(lib)]
+        # libtorch.so is in every build of torch and brings libtorch_cuda where there is one; with the static runtime
+        # nothing depends on the CUDA version torch was built with.
+        ext.libraries += ["c10", "torch_cpu"]
+        ext.extra_link_args += ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
+        ext.extra_link_args += ["-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+        ext.extra_objects = [str(self.compile_cuda(home, source, include)) for source in ext.depends if source.endswith(".cu")]
+
+    def compile_cuda(self, home: Path, source: str, include: Path) -> Path:
+        nvcc = home / "bin" / "nvcc"
+        command = [str(nvcc), "-c", source, "-std=c++17", "-O3", "--threads", "0", "-DUSE_CUDA"]
+        command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", *architecture_flags(nvcc)]
+        command += [f"-D{name}={value}" for name, value in macros()]
+        command += [f"-isystem={include}"]
+        target = Path(self.build_temp) / Path(source).with_suffix(".o")
+        # An object is as good as new while its command and all that it was compiled from are the same.
+        parts = [" ".join(command).encode(), Path(source).read_bytes()]
+        parts += [path.read_bytes() for path in sorted((ROOT / "csrc").glob("*.h"))]
+        digest = hashlib.sha256(b"\0".join(parts)).hexdigest()
+        stamp = target.with_suffix(".sha256")
+        if not (target.exists() and stamp.exists() and stamp.read_text() == digest):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.announce(" ".join(command), level=2)
+            subprocess.run([*command, "-o", str(target)], check=True)
+            stamp.write_text(digest)
+        return target
+
+    def remove_stale(self, ext: Extension) -> None:
+        """An older library would otherwise survive in the source tree and be loaded."""
+        stale = ROOT / PACKAGE / f"{ext.name.rpartition('.')[2]}.abi3.so"
+        stale.unlink(missing_ok=True)
+
+
+setup(
+    ext_modules=[
+        extension("_C", ["csrc/module_cpu.cpp", "csrc/relpos_cpu.cpp"]),
+        extension("_C_cuda", ["csrc/module_cuda.cpp"], depends=["csrc/relpos_cuda.cu"]),
+    ],
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
