@@ -31,7 +31,7 @@ PYTHON_TARGET = "0x030A0000"
 DEFAULT_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 
 
-class CannotBuild(Exception):
+class CannotBuildError(Exception):
     """An extension cannot be built on this machine; the text says why."""
 
 
@@ -45,7 +45,7 @@ def torch_folder() -> Path:
     try:
         import torch
     except ImportError as error:
-        raise CannotBuild(
+        raise CannotBuildError(
             "torch is not importable in the build environment: install torch first, then use --no-build-isolation"
         ) from error
     return Path(torch.__file__).parent
@@ -55,7 +55,7 @@ def cuda_home() -> Path:
     """The CUDA toolkit's root. A wrapper script named nvcc may stand anywhere, so nvcc itself is asked."""
     if named := os.environ.get("CUDA_HOME"):
         if not (Path(named) / "bin" / "nvcc").exists():
-            raise CannotBuild(f"CUDA_HOME={named} has no bin/nvcc")
+            raise CannotBuildError(f"CUDA_HOME={named} has no bin/nvcc")
         return Path(named)
     site = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
     candidates = [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc", "/opt/cuda/bin/nvcc"]
@@ -64,7 +64,7 @@ def cuda_home() -> Path:
             dryrun = subprocess.run([nvcc, "--dryrun", "probe.cu"], capture_output=True, text=True, check=False)
             if top := re.search(r"TOP=(\S+)", dryrun.stderr):
                 return Path(top[1]).resolve()
-    raise CannotBuild("no nvcc was found (looked at CUDA_HOME, PATH, /usr/local/cuda, /opt/cuda and pip's nvidia packages)")
+    raise CannotBuildError("no nvcc found in CUDA_HOME, PATH, /usr/local/cuda, /opt/cuda or pip's nvidia packages")
 
 
 def architecture_flags(nvcc: Path) -> list[str]:
@@ -76,7 +76,7 @@ def architecture_flags(nvcc: Path) -> list[str]:
     for name in names:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
         if match is None:
-            raise CannotBuild(f"TORCH_CUDA_ARCH_LIST has {name!r}; give numbers such as 9.0 or 9.0+PTX")
+            raise CannotBuildError(f"TORCH_CUDA_ARCH_LIST has {name!r}; give numbers such as 9.0 or 9.0+PTX")
         number = match[1] + match[2]
         if asked is None and f"compute_{number}" not in listing.split():
             continue
@@ -85,7 +85,7 @@ def architecture_flags(nvcc: Path) -> list[str]:
         if match[4]:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     if not flags:
-        raise CannotBuild(f"this nvcc knows none of {' '.join(names)}")
+        raise CannotBuildError(f"this nvcc knows none of {' '.join(names)}")
     return flags
 
 
@@ -122,7 +122,7 @@ class BuildNative(build_ext):
                 raise SystemExit(f"{knob}={wish}: allowed are auto, 0 and 1")
             try:
                 if wish == "0":
-                    raise CannotBuild(f"{knob}=0")
+                    raise CannotBuildError(f"{knob}=0")
                 self.prepare(ext)
                 self.build_extension(ext)
                 built.append(ext)
@@ -148,7 +148,7 @@ class BuildNative(build_ext):
         import torch
 
         if torch.version.cuda is None:
-            raise CannotBuild(f"torch {torch.__version__} is not a CUDA build")
+            raise CannotBuildError(f"torch {torch.__version__} is not a CUDA build")
         home = cuda_home()
         lib = next((path for path in (home / "lib64", home / "lib") if path.exists()), home / "lib64")
         ext.library_dirs += [str(lib)]
@@ -157,7 +157,8 @@ class BuildNative(build_ext):
         ext.libraries += ["c10", "torch_cpu"]
         ext.extra_link_args += ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
         ext.extra_link_args += ["-lcudart_static", "-lrt", "-lpthread", "-ldl"]
-        ext.extra_objects = [str(self.compile_cuda(home, source, include)) for source in ext.depends if source.endswith(".cu")]
+        kernels = [source for source in ext.depends if source.endswith(".cu")]
+        ext.extra_objects = [str(self.compile_cuda(home, source, include)) for source in kernels]
 
     def compile_cuda(self, home: Path, source: str, include: Path) -> Path:
         nvcc = home / "bin" / "nvcc"

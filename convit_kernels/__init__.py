@@ -1,0 +1,16 @@
+"""Gated positional self-attention (GPSA) of ConViT: fast, exact, a drop-in for the reference layer."""
+
+from .attention import Backend, backends, gpsa_attention
+from .gpsa import GPSA
+from .relpos import dense_position_table, relative_position_tables
+from .replace import replace_gpsa
+
+__all__ = [
+    "GPSA",
+    "Backend",
+    "backends",
+    "dense_position_table",
+    "gpsa_attention",
+    "relative_position_tables",
+    "replace_gpsa",
+]

@@ -115,7 +115,7 @@ def gpsa_attention(
         grid_size: (height, width) with height * width == N, one int for a square grid, or None: square.
         scale: of the content logits; default D ** -0.5.
         dropout_p: probability that an entry of the mixed map A is dropped, in [0, 1). The other entries grow by
-            1 / (1 - dropout_p). The backend "composite" has no map to drop from and takes the dense path of "reference".
+            1 / (1 - dropout_p). The backend "composite" has no map to drop from and takes "reference"'s dense path.
         backend: a name from `backends()`; None chooses the fastest that can run.
 
     Returns:
@@ -123,7 +123,7 @@ def gpsa_attention(
 
     Raises:
         TypeError: something is no floating-point tensor, or q, k and v differ in dtype.
-        ValueError: shapes, devices, the grid, dropout_p or the backend's name do not fit; the text says what is allowed.
+        ValueError: shapes, devices, the grid, dropout_p or the backend's name do not fit; the text says what does.
         RuntimeError: the backend asked for cannot run here; the text says why.
     """
     _check_tensors(q, k, v, pos_weight, gate)

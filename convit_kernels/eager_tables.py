@@ -1,4 +1,4 @@
-"""The relative-position tables in plain PyTorch: what the ops run where no native kernel is, and what an export traces."""
+"""The relative-position tables in plain PyTorch: the ops' fallback, and what an export traces."""
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,9 @@ def _axis_gradient(grad: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     return (d_logit * offset).sum(dim=(1, 2)), (d_logit * offset.square()).sum(dim=(1, 2))
 
 
-def relative_position_tables_backward(grad_row: Tensor, grad_col: Tensor, row_table: Tensor, col_table: Tensor) -> Tensor:
+def relative_position_tables_backward(
+    grad_row: Tensor, grad_col: Tensor, row_table: Tensor, col_table: Tensor
+) -> Tensor:
     along_y, squared_y = _axis_gradient(grad_row, row_table)
     along_x, squared_x = _axis_gradient(grad_col, col_table)
     return torch.stack((along_x, along_y, squared_x + squared_y), dim=1).to(row_table.dtype)

@@ -1,7 +1,8 @@
 """Loads the native libraries `_C` (CPU) and `_C_cuda`, and remembers why one of them is not there.
 
-Loading a library registers its kernels with torch's dispatcher; nothing in Python calls into it directly. A library that
-is missing, broken or built for other op schemas never stops the import: its ops fall back to PyTorch, and `status` says why.
+Loading a library registers its kernels with torch's dispatcher; nothing in Python calls into it directly. A library
+that is missing, broken or built for other op schemas never stops the import: its ops fall back to PyTorch, and `status`
+says why.
 """
 
 import importlib
@@ -18,9 +19,11 @@ def _load(name: str) -> str | None:
     """Loads one library; None when it is in use, else the reason why not."""
     path = Path(__file__).with_name(f"{name}.abi3.so")
     if not path.exists():
-        return f"the native library {name} was not built on this machine ({BUILD_HINT}; its output says what was missing)"
+        return (
+            f"the native library {name} was not built on this machine ({BUILD_HINT}; its output says what was missing)"
+        )
     try:
-        # Read before it is loaded: loading registers kernels, and those of other schemas would be called with wrong arguments.
+        # Read before it is loaded: loading registers kernels, and those of other schemas would get wrong arguments.
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             if content.find(f"convit_kernels interface {INTERFACE}".encode()) < 0:
                 raise ImportError(f"{path.name} was built from other sources than this package")

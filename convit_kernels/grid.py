@@ -38,7 +38,8 @@ def resolve_grid(grid_size: GridSize, num_tokens: int) -> tuple[int, int]:
         side = math.isqrt(num_tokens)
         if side * side != num_tokens or side == 0:
             raise ValueError(
-                f"{num_tokens} tokens form no square grid: pass grid_size=(height, width) with height * width == {num_tokens}"
+                f"{num_tokens} tokens form no square grid: "
+                f"pass grid_size=(height, width) with height * width == {num_tokens}"
             )
         return side, side
     height, width = parse_grid(grid_size)

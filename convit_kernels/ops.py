@@ -27,22 +27,27 @@ relative_position_tables_backward = torch.ops.convit_kernels.relative_position_t
 dense_position_table = torch.ops.convit_kernels.dense_position_table.default
 
 
-@torch.library.register_fake(f"{NAMESPACE}::relative_position_tables", lib=_library)
 def _tables_fake(pos_weight: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     heads = pos_weight.shape[0]
     return pos_weight.new_empty(heads, height, height), pos_weight.new_empty(heads, width, width)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::relative_position_tables_backward", lib=_library)
 def _tables_backward_fake(grad_row: Tensor, grad_col: Tensor, row_table: Tensor, col_table: Tensor) -> Tensor:
     return row_table.new_empty(row_table.shape[0], 3)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::dense_position_table", lib=_library)
 def _dense_fake(pos_weight: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
     tokens = height * width
     columns = tokens + -tokens % eager_tables.COLUMN_MULTIPLE
     return pos_weight.new_empty(pos_weight.shape[0], tokens, columns, dtype=dtype)
+
+
+for _name, _fake in (
+    ("relative_position_tables", _tables_fake),
+    ("relative_position_tables_backward", _tables_backward_fake),
+    ("dense_position_table", _dense_fake),
+):
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
 
 
 def _tables_gradient(grad_row: Tensor, grad_col: Tensor, row_table: Tensor, col_table: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The relative-position tables: the positional attention of GPSA as two small factors for each head.
 
-The positional logit of ConViT (arXiv 2103.10697, equations 5 and 7) is w0*dx + w1*dy + w2*(dx^2 + dy^2): a term in x plus
-a term in y. Over a full grid its softmax is therefore exactly the product of one softmax along y and one along x.
+The positional logit of ConViT (arXiv 2103.10697, equations 5 and 7) is w0*dx + w1*dy + w2*(dx^2 + dy^2): a term in x
+plus a term in y. Over a full grid its softmax is therefore exactly the product of one along y and one along x.
 """
 
 from collections.abc import Sequence
@@ -32,8 +32,8 @@ def relative_position_tables(pos_weight: Tensor, grid_size: int | Sequence[int])
         grid_size: (height, width) of the patch grid, or one int for a square one.
 
     Returns:
-        row_table (heads, height, height) and col_table (heads, width, width): float64 for a float64 weight, else float32.
-        Every row sums to 1. Differentiable, twice if need be.
+        row_table (heads, height, height) and col_table (heads, width, width), float64 for a float64 weight, else
+        float32. Every row sums to 1. Differentiable, twice if need be.
 
     Raises:
         TypeError: pos_weight is no floating-point tensor, or grid_size is no int or pair of ints.

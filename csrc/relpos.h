@@ -16,38 +16,24 @@
 
 namespace convit_kernels {
 
+// Writes the softmax over the keys 0 .. length-1 for one query.
 template <typename T>
-CONVIT_HOST_DEVICE T axis_logit(T linear, T quadratic, int64_t query, int64_t key) {
-  const T offset = static_cast<T>(key - query);
-  return offset * (linear + quadratic * offset);
+CONVIT_HOST_DEVICE void softmax_row(T linear, T quadratic, int64_t length, int64_t query, T* out) {
+  T largest = 0;
+  for (int64_t key = 0; key < length; ++key) {
+    const T offset = static_cast<T>(key - query);
+    out[key] = offset * (linear + quadratic * offset);
+    largest = key == 0 || out[key] > largest ? out[key] : largest;
+  }
+  T sum = 0;
+  for (int64_t key = 0; key < length; ++key) {
+    out[key] = std::exp(out[key] - largest);
+    sum += out[key];
+  }
+  for (int64_t key = 0; key < length; ++key) {
+    out[key] /= sum;
+  }
 }
-
-// Largest logit and sum of exponentials below it: what turns a logit into a probability without overflow.
-template <typename T>
-struct AxisSoftmax {
-  T linear, quadratic, largest, inverse_sum;
-  int64_t query;
-
-  AxisSoftmax() = default;
-
-  CONVIT_HOST_DEVICE AxisSoftmax(T linear_, T quadratic_, int64_t length, int64_t query_)
-      : linear(linear_), quadratic(quadratic_), query(query_) {
-    largest = axis_logit(linear, quadratic, query, int64_t{0});
-    for (int64_t key = 1; key < length; ++key) {
-      const T logit = axis_logit(linear, quadratic, query, key);
-      largest = logit > largest ? logit : largest;
-    }
-    T sum = 0;
-    for (int64_t key = 0; key < length; ++key) {
-      sum += std::exp(axis_logit(linear, quadratic, query, key) - largest);
-    }
-    inverse_sum = T(1) / sum;
-  }
-
-  CONVIT_HOST_DEVICE T operator()(int64_t key) const {
-    return std::exp(axis_logit(linear, quadratic, query, key) - largest) * inverse_sum;
-  }
-};
 
 // Gradients of one axis's two weights, in double: thousands of terms of mixed sign are added up.
 struct AxisGradient {

@@ -24,11 +24,8 @@ void fill_tables(const Tensor& pos_weight, Tensor& row_table, Tensor& col_table)
       const int64_t length = along_y ? height : width;
       const int64_t row = along_y ? index : index - heads * height;
       const int64_t head = row / length;
-      const AxisSoftmax<T> softmax(weight(head, along_y ? 1 : 0), weight(head, 2), length, row % length);
       T* out = (along_y ? rows : cols) + row * length;
-      for (int64_t key = 0; key < length; ++key) {
-        out[key] = softmax(key);
-      }
+      softmax_row(weight(head, along_y ? 1 : 0), weight(head, 2), length, row % length, out);
     }
   });
 }
@@ -90,19 +87,15 @@ void fill_dense(const Tensor& pos_weight, int64_t height, int64_t width, Tensor&
   const int64_t tokens = height * width, columns = padded(tokens);
   Out* out = static_cast<Out*>(table.mutable_data_ptr());
   torch::stable::parallel_for(0, pos_weight.size(0) * tokens, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> along_x(width);
+    std::vector<T> along_x(width), along_y(height);
     for (int64_t index = begin; index < end; ++index) {
       const int64_t head = index / tokens, query = index % tokens;
-      const AxisSoftmax<T> softmax_x(weight(head, 0), weight(head, 2), width, query % width);
-      const AxisSoftmax<T> softmax_y(weight(head, 1), weight(head, 2), height, query / width);
-      for (int64_t x = 0; x < width; ++x) {
-        along_x[x] = softmax_x(x);
-      }
+      softmax_row(weight(head, 0), weight(head, 2), width, query % width, along_x.data());
+      softmax_row(weight(head, 1), weight(head, 2), height, query / width, along_y.data());
       Out* row = out + index * columns;
       for (int64_t y = 0; y < height; ++y) {
-        const T along_y = softmax_y(y);
         for (int64_t x = 0; x < width; ++x) {
-          row[y * width + x] = static_cast<Out>(static_cast<float>(along_y * along_x[x]));
+          row[y * width + x] = static_cast<Out>(static_cast<float>(along_y[y] * along_x[x]));
         }
       }
       for (int64_t column = tokens; column < columns; ++column) {

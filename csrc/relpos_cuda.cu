@@ -41,11 +41,8 @@ __global__ void tables_kernel(PosWeight<T> weight, int64_t heads, int64_t height
   const int64_t length = along_y ? height : width;
   const int64_t row = along_y ? index : index - heads * height;
   const int64_t head = row / length;
-  const AxisSoftmax<T> softmax(weight(head, along_y ? 1 : 0), weight(head, 2), length, row % length);
   T* out = (along_y ? rows : cols) + row * length;
-  for (int64_t key = 0; key < length; ++key) {
-    out[key] = softmax(key);
-  }
+  softmax_row(weight(head, along_y ? 1 : 0), weight(head, 2), length, row % length, out);
 }
 
 template <typename T>
@@ -135,20 +132,12 @@ __global__ void dense_kernel(PosWeight<T> weight, int64_t height, int64_t width,
   extern __shared__ unsigned char shared[];
   T* along_x = reinterpret_cast<T*>(shared);
   T* along_y = along_x + width;
-  __shared__ AxisSoftmax<T> softmax_x, softmax_y;
   const int64_t tokens = height * width;
   const int64_t head = blockIdx.x / tokens, query = blockIdx.x % tokens;
   if (threadIdx.x == 0) {
-    softmax_x = AxisSoftmax<T>(weight(head, 0), weight(head, 2), width, query % width);
+    softmax_row(weight(head, 0), weight(head, 2), width, query % width, along_x);
   } else if (threadIdx.x == 32) {
-    softmax_y = AxisSoftmax<T>(weight(head, 1), weight(head, 2), height, query / width);
-  }
-  __syncthreads();
-  for (int64_t x = threadIdx.x; x < width; x += kThreads) {
-    along_x[x] = softmax_x(x);
-  }
-  for (int64_t y = threadIdx.x; y < height; y += kThreads) {
-    along_y[y] = softmax_y(y);
+    softmax_row(weight(head, 1), weight(head, 2), height, query / width, along_y);
   }
   __syncthreads();
   Out* row = table + static_cast<int64_t>(blockIdx.x) * columns;

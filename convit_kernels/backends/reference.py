@@ -17,7 +17,9 @@ def relative_coordinates(grid: tuple[int, int], like: Tensor) -> tuple[Tensor, T
     return (x[None, :] - x[:, None]).to(like.dtype), (y[None, :] - y[:, None]).to(like.dtype)
 
 
-def attention_map(q: Tensor, k: Tensor, pos_weight: Tensor, gate: Tensor, grid: tuple[int, int], scale: float) -> Tensor:
+def attention_map(
+    q: Tensor, k: Tensor, pos_weight: Tensor, gate: Tensor, grid: tuple[int, int], scale: float
+) -> Tensor:
     """The mixed map A, (B, H, N, N): (1 - sigmoid(gate)) * content + sigmoid(gate) * position. Each row sums to 1."""
     content = ((q @ k.transpose(-2, -1)) * scale).softmax(dim=-1)
     dx, dy = relative_coordinates(grid, pos_weight)

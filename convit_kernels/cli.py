@@ -1,0 +1,107 @@
+"""The commands: what can run here (`info`), and a model before and after (`demo`)."""
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import extension
+from .attention import backends
+
+app = typer.Typer(help="Fast, exact gated positional self-attention (GPSA) of ConViT.", no_args_is_help=True)
+console = Console()
+
+
+def machine() -> dict[str, Any]:
+    """What a measurement was made on: processor, threads, GPU, versions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "convit_kernels": version("convit_kernels"),
+    }
+
+
+def native_libraries() -> dict[str, str]:
+    """What became of each native library: in use, loaded but of no use here, or the reason why it is missing."""
+    found = {}
+    for name, reason in extension.status.items():
+        if reason is None and name == "_C_cuda" and not torch.cuda.is_available():
+            build = "torch sees no GPU" if torch.version.cuda else "this torch has no CUDA"
+            found[name] = f"loaded, but idle: {build}"
+        else:
+            found[name] = reason or "in use"
+    return found
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """What can run on this machine, and what cannot and why."""
+    report: dict[str, Any] = {
+        "machine": machine(),
+        "backends": [backend._asdict() for backend in backends()],
+        "native_libraries": native_libraries(),
+    }
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    table = Table(title="Machine", show_header=False)
+    for key, value in report["machine"].items():
+        table.add_row(key, "none" if value is None else str(value))
+    console.print(table)
+    table = Table("backend", "can run", "why not", title="Backends, fastest first")
+    for backend in backends():
+        table.add_row(backend.name, "yes" if backend.available else "no", backend.reason)
+    console.print(table)
+    table = Table("library", "state", title="Native libraries (relative-position tables)")
+    for name, state in native_libraries().items():
+        table.add_row(name, state)
+    console.print(table)
+
+
+@app.command()
+def demo(
+    model: Annotated[list[str] | None, typer.Option(help="timm model, may be repeated.")] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Real weights (.safetensors or .pth) for one --model.", exists=True, dir_okay=False),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each contender, interleaved.")] = 7,
+    device: Annotated[str, typer.Option(help="Where to run.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here as JSON.")] = None,
+) -> None:
+    """timm's ConViT on real photographs, before and after replace_gpsa: same outputs, less time."""
+    try:
+        from . import demo as demonstration
+    except ImportError as error:
+        console.print(f"the demo needs {error.name}: pip install 'convit_kernels\\[demo]'", style="red")
+        raise typer.Exit(1) from error
+    names = model or list(demonstration.MODELS)
+    try:
+        demonstration.check_arguments(names, checkpoint, device)
+    except ValueError as error:
+        console.print(str(error), style="red")
+        raise typer.Exit(2) from error
+    results = demonstration.run(names, checkpoint, batch, repeats, device, console)
+    console.print(demonstration.render(results, batch, device))
+    if json_file is not None:
+        json_file.write_text(
+            json.dumps({"machine": machine(), "device": device, "batch": batch, "models": results}, indent=2)
+        )
+        console.print(f"written to {json_file}")
+    if not all(result["passed"] for result in results):
+        raise typer.Exit(1)

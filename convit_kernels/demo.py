@@ -1,0 +1,200 @@
+"""timm's ConViT on real photographs, eager against replaced: differences, time, memory."""
+
+import copy
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from sklearn.datasets import load_sample_images
+from timm.data.config import resolve_model_data_config
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torchvision.transforms import v2
+
+from .replace import replace_gpsa
+
+MODELS = ("convit_tiny", "convit_small", "convit_base")
+TOP = 5
+
+
+def check_arguments(names: Sequence[str], checkpoint: Path | None, device: str) -> None:
+    """Raises ValueError for a model that timm does not have, a checkpoint for several models, or an unusable device."""
+    known = timm.list_models("convit*")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"timm has no ConViT named {name!r}: allowed are {', '.join(known)}")
+    if checkpoint is not None and len(names) != 1:
+        raise ValueError(f"--checkpoint holds the weights of one model: give one --model, not {len(names)}")
+    kind = torch.device(device).type
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU on this machine")
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, but is {device!r}")
+
+
+def photographs(batch: int, model: nn.Module) -> Tensor:
+    """(batch, 3, 224, 224): crops of scikit-learn's two sample photographs, normalised as the model expects."""
+    config = resolve_model_data_config(model)
+    size = config["input_size"][-1]
+    crops: list[Image.Image] = []
+    scale = 1.0
+    while len(crops) < batch:
+        for array in load_sample_images().images:
+            image = Image.fromarray(array)
+            side = round(max(size, min(image.size) * scale))
+            resized = v2.functional.resize(image, [side])
+            crops += v2.functional.five_crop(resized, [size])
+        scale *= 0.8
+    normalise = v2.Compose(
+        [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(config["mean"], config["std"])]
+    )
+    # alternate between the photographs, so that a small batch has both
+    order = [crops[index // 2 + (index % 2) * 5] for index in range(10)] + crops[10:]
+    return torch.stack([normalise(crop) for crop in order[:batch]])
+
+
+def build(name: str, checkpoint: Path | None) -> nn.Module:
+    """The model with real weights, or with seeded ones in which every branch of GPSA matters.
+
+    Fresh weights have equal gates and nearly uniform content attention, which would hide errors: gates and positions
+    are perturbed, and the content logits made larger.
+    """
+    torch.manual_seed(0)
+    model: nn.Module = timm.create_model(name, pretrained=False)
+    if checkpoint is not None:
+        model.load_state_dict(timm.models.load_state_dict(str(checkpoint), weights_only=True))
+        return model.eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, timm.models.convit.GPSA):
+                module.gating_param.add_(1.5 * torch.randn_like(module.gating_param))
+                module.pos_proj.weight.mul_(1 + 0.3 * torch.randn_like(module.pos_proj.weight))
+                module.qk.weight.mul_(3)
+    return model.eval()
+
+
+def peak_memory(function: Callable[[], Any], device: str) -> int:
+    """Bytes allocated at the highest point of one call, beyond what was allocated before it."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces each start and stop on stderr
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        function()
+    # every allocation and release of torch's CPU allocator, in order
+    events: Any = recorded.profiler.kineto_results.events()
+    current = peak = 0
+    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak
+
+
+def seconds(function: Callable[[], Any], device: str) -> float:
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if cuda:
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def compare(
+    name: str, checkpoint: Path | None, batch: int, repeats: int, device: str, step: Callable[[], None]
+) -> dict[str, Any]:
+    """One model, eager and replaced, on the same photographs; calls `step` 2 + repeats times."""
+    eager = build(name, checkpoint)
+    images = photographs(batch, eager).to(device)
+    exact = copy.deepcopy(eager).double().to(device)(images.double())
+    eager = eager.to(device)
+    replaced = copy.deepcopy(eager)
+    layers = replace_gpsa(replaced)
+    step()
+
+    logits, fused = eager(images), replaced(images)
+    agreement = (logits.topk(TOP).indices == fused.topk(TOP).indices).float().mean().item()
+    memory = peak_memory(lambda: eager(images), device), peak_memory(lambda: replaced(images), device)
+    step()
+
+    times: tuple[list[float], list[float]] = [], []
+    for _ in range(repeats):
+        times[0].append(seconds(lambda: eager(images), device))
+        times[1].append(seconds(lambda: replaced(images), device))
+        step()
+    eager_error = (logits - exact).abs().max().item()
+    difference = (fused - logits).abs().max().item()
+    median = [statistics.median(samples) for samples in times]
+    return {
+        "model": name,
+        "weights": str(checkpoint) if checkpoint else "seeded",
+        "layers": layers,
+        "largest_logit": exact.abs().max().item(),
+        "largest_difference": difference,
+        "eager_error": eager_error,
+        "fused_error": (fused - exact).abs().max().item(),
+        "top5_agreement": agreement,
+        "eager_ms": median[0] * 1e3,
+        "fused_ms": median[1] * 1e3,
+        "eager_min_ms": min(times[0]) * 1e3,
+        "fused_min_ms": min(times[1]) * 1e3,
+        "speedup": median[0] / median[1],
+        "eager_peak_mb": memory[0] / 1e6,
+        "fused_peak_mb": memory[1] / 1e6,
+        "passed": layers > 0 and difference <= 2 * eager_error,
+    }
+
+
+def run(
+    names: Sequence[str], checkpoint: Path | None, batch: int, repeats: int, device: str, console: Console
+) -> list[dict[str, Any]]:
+    """`compare` for each model, under a progress bar."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    results = []
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(names) * (2 + repeats))
+        for name in names:
+            progress.update(task, description=name)
+            results.append(compare(name, checkpoint, batch, repeats, device, lambda: progress.advance(task)))
+    return results
+
+
+def render(results: Sequence[dict[str, Any]], batch: int, device: str) -> Table:
+    """The results as a table, with what its columns mean beneath it."""
+    table = Table(title=f"timm's ConViT before and after replace_gpsa: batch {batch}, float32, {device}", box=SIMPLE)
+    table.add_column("model", no_wrap=True)
+    for heading in ("eager", "ours", "faster", "differ", "allowed", "top-5", "peak MB", ""):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in results:
+        table.add_row(
+            row["model"].removeprefix("convit_"),
+            f"{row['eager_ms']:.0f} ms",
+            f"{row['fused_ms']:.0f} ms",
+            f"[bold]{row['speedup']:.2f}x[/bold]",
+            f"{row['largest_difference']:.1e}",
+            f"{2 * row['eager_error']:.1e}",
+            f"{row['top5_agreement']:.0%}",
+            f"{row['eager_peak_mb']:.0f} > {row['fused_peak_mb']:.0f}",
+            "[green]ok[/green]" if row["passed"] else "[red]FAIL[/red]",
+        )
+    weights = results[0]["weights"]
+    table.caption = (
+        "Times: medians of interleaved forward passes. differ: the logits' largest difference; "
+        "allowed: twice what eager float32 differs from float64. Weights: "
+        + ("seeded, gates and positions perturbed." if weights == "seeded" else weights)
+    )
+    return table

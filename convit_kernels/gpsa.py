@@ -1,0 +1,185 @@
+"""The GPSA layer: projections around `gpsa_attention`, with the reference layer's signature and state_dict."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import check_backend, gpsa_attention
+from .backends import reference
+from .grid import parse_grid, resolve_grid
+
+# torch.fx keeps it as one call: its checks read shapes, which a symbolic trace does not have
+torch.fx.wrap("gpsa_attention")
+
+
+class GPSA(nn.Module):
+    """Gated positional self-attention (d'Ascoli et al., 2021, arXiv 2103.10697), a drop-in for the reference layer.
+
+    Same constructor, parameters, initial values and outputs as the class of facebookresearch/convit and timm. What
+    differs: position costs next to nothing, grids need not be square, and every floating-point dtype works.
+
+    Args:
+        dim: channels of the input and the output; a multiple of num_heads.
+        num_heads: attention heads.
+        qkv_bias: whether the query, key and value projections have a bias.
+        qk_scale: scale of the content logits; default head_dim ** -0.5.
+        attn_drop: dropout on the mixed attention map.
+        proj_drop: dropout on the output.
+        locality_strength: how sharply `local_init` makes heads attend to their pixel; alpha in the paper.
+        use_local_init: start as a convolution (paper, equation 5).
+        grid_size: (height, width) of the patch grid, one int for a square one, None: square, from the token count.
+            May be assigned at any time.
+        backend: a name from `convit_kernels.backends()`; None chooses the fastest that can run.
+        device, dtype: of the parameters.
+
+    Shapes:
+        forward: (B, N, dim) -> (B, N, dim), N tokens of the grid in row-major order, without a class token.
+
+    Raises:
+        ValueError: dim is no multiple of num_heads, a dropout is outside [0, 1], or the backend's name is unknown.
+        RuntimeError: the backend cannot run on this machine.
+    """
+
+    qk: nn.Module
+    v: nn.Module
+    proj: nn.Module
+    proj_drop: nn.Module
+    attn_drop: nn.Dropout
+    pos_proj: nn.Linear
+    gating_param: nn.Parameter
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        locality_strength: float = 1.0,
+        use_local_init: bool = True,
+        *,
+        grid_size: int | Sequence[int] | None = None,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if dim < 1 or num_heads < 1 or dim % num_heads != 0:
+            raise ValueError(f"dim must be a positive multiple of num_heads, but {dim=} and {num_heads=}")
+        check_backend(backend)
+        self.dim = dim
+        self.num_heads = num_heads
+        self.scale = qk_scale or (dim // num_heads) ** -0.5
+        self.locality_strength = locality_strength
+        self.use_local_init = use_local_init
+        self.grid_size = None if grid_size is None else parse_grid(grid_size)
+        self.backend = backend
+
+        # Children and draws in the reference's order: the same seed gives the same parameters.
+        self.qk = nn.Linear(dim, dim * 2, bias=qkv_bias, device=device, dtype=dtype)
+        self.v = nn.Linear(dim, dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.pos_proj = nn.Linear(3, num_heads, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.gating_param = nn.Parameter(torch.ones(num_heads, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @classmethod
+    def from_module(cls, module: nn.Module, *, backend: str | None = None) -> "GPSA":
+        """This layer with the very parameters, hooks and settings of a reference GPSA, which is left unchanged.
+
+        Raises:
+            TypeError: the module is no GPSA, or one whose mathematics differs; the text says in what.
+        """
+        from .variants import convert  # the variants are subclasses of this class
+
+        return convert(module, backend=backend)
+
+    def reset_parameters(self) -> None:
+        """The reference's initial values: truncated normal projections, open gates, then `local_init`."""
+        for child in self.children():
+            if isinstance(child, nn.Linear):
+                nn.init.trunc_normal_(child.weight, std=0.02)
+                if child.bias is not None:
+                    nn.init.zeros_(child.bias)
+        nn.init.ones_(self.gating_param)
+        if self.use_local_init:
+            self.local_init()
+
+    @torch.no_grad()
+    def local_init(self, locality_strength: float | None = None) -> None:
+        """Makes head h attend to one pixel of a k x k window and pass its value on, as a convolution does (equation 5).
+
+        As in the reference k = int(sqrt(num_heads)): only the first k * k heads are placed; the weights of all heads
+        are multiplied by locality_strength (default: the layer's own).
+        """
+        strength = self.locality_strength if locality_strength is None else locality_strength
+        self.v.weight.copy_(torch.eye(self.dim))  # type: ignore[operator]
+        window = int(self.num_heads**0.5)
+        center = (window - 1) / 2
+        for head in range(window * window):
+            across, down = divmod(head, window)
+            self.pos_proj.weight[head] = torch.tensor([2 * (across - center), 2 * (down - center), -1.0])
+        self.pos_proj.weight.mul_(strength)
+
+    def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, dim) -> three (B, H, N, head_dim) views of the projections' outputs."""
+        batch, tokens = x.shape[0], x.shape[1]
+        head_dim = self.dim // self.num_heads
+        qk = self.qk(x).reshape(batch, tokens, 2, self.num_heads, head_dim).permute(2, 0, 3, 1, 4)
+        v = self.v(x).reshape(batch, tokens, self.num_heads, head_dim).transpose(1, 2)
+        return qk[0], qk[1], v
+
+    def position_weight(self) -> Tensor:
+        """(H, 3) weights of (dx, dy, dx^2 + dy^2)."""
+        weight, bias = self.pos_proj.weight, self.pos_proj.bias
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+            # A constant cancels in the softmax. It is added times zero so that the bias gets the zero gradient it has
+            # in the reference, not None, which DistributedDataParallel would report as an unused parameter.
+            weight = weight + 0 * bias[:, None]
+        return weight
+
+    def gate(self) -> Tensor:
+        """(H,) gating parameters, before the sigmoid."""
+        return self.gating_param
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj_drop(self.proj(self._attend(*self.query_key_value(x))))  # type: ignore[no-any-return]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = gpsa_attention(
+            q,
+            k,
+            v,
+            self.position_weight(),
+            self.gate(),
+            grid_size=self.grid_size,
+            scale=self.scale,
+            dropout_p=self.attn_drop.p if self.attn_drop.training else 0.0,
+            backend=self.backend,
+        )
+        return out.transpose(1, 2).flatten(2)
+
+    def get_attention(self, x: Tensor) -> Tensor:
+        """The mixed attention map of x, (B, H, N, N), after dropout when training: dense, for study, O(N^2) memory."""
+        q, k, _ = self.query_key_value(x)
+        grid = resolve_grid(self.grid_size, x.shape[1])
+        attention = reference.attention_map(q, k, self.position_weight(), self.gate(), grid, self.scale)
+        return self.attn_drop(attention.to(x.dtype))  # type: ignore[no-any-return]
+
+    def get_attention_map(self, x: Tensor, return_map: bool = False) -> Any:
+        """Non-locality of each head (paper, equation 8): the mean distance a query looks, (H,), in patches.
+
+        With return_map also the attention map, averaged over the batch: a pair ((H,), (H, N, N)).
+        """
+        attention = self.get_attention(x).mean(0)
+        dx, dy = reference.relative_coordinates(resolve_grid(self.grid_size, x.shape[1]), attention)
+        distance = (attention * torch.hypot(dx, dy)).sum(dim=(1, 2)) / x.shape[1]
+        return (distance, attention) if return_map else distance
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, num_heads={self.num_heads}, grid_size={self.grid_size}, backend={self.backend}"

@@ -1,0 +1,270 @@
+"""The relative-position tables: exact factors of the positional attention, natively and in plain PyTorch.
+
+Needs neither timm nor the rest of the test dependencies: it also runs against other versions of torch.
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import convit_kernels as ck
+from convit_kernels import eager_tables, extension, ops
+
+GRIDS = [(1, 1), (1, 7), (3, 5), (14, 14), (8, 18), (18, 8)]
+BOTH = pytest.mark.parametrize("tables", [ops.relative_position_tables, eager_tables.relative_position_tables])
+
+
+@pytest.fixture(autouse=True)
+def native_kernels() -> None:
+    assert extension.status["_C"] is None, "these tests are about the native library, which has to be built first"
+
+
+def positional_attention(pos_weight: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """(H, N, N) in one softmax over the whole grid: what the factors have to multiply to."""
+    height, width = grid
+    token = torch.arange(height * width)
+    x, y = (token % width).to(pos_weight), (token // width).to(pos_weight)
+    dx, dy = x[None, :] - x[:, None], y[None, :] - y[:, None]
+    features = torch.stack((dx, dy, dx**2 + dy**2), dim=-1)
+    return torch.einsum("nmf,hf->hnm", features, pos_weight).softmax(dim=-1)
+
+
+def product(row_table: torch.Tensor, col_table: torch.Tensor) -> torch.Tensor:
+    tokens = row_table.shape[1] * col_table.shape[1]
+    return torch.einsum("hyu,hxw->hyxuw", row_table, col_table).reshape(-1, tokens, tokens)
+
+
+@BOTH
+@pytest.mark.parametrize("grid", GRIDS)
+def test_factors_multiply_to_the_positional_attention(tables, grid):
+    pos_weight = torch.randn(5, 3, dtype=torch.float64)
+    torch.testing.assert_close(
+        product(*tables(pos_weight, *grid)), positional_attention(pos_weight, grid), rtol=0, atol=1e-14
+    )
+
+
+@BOTH
+def test_float32_is_as_accurate_as_one_softmax_over_the_grid(tables):
+    pos_weight = torch.randn(9, 3)
+    exact = positional_attention(pos_weight.double(), (14, 14))
+    error = (product(*tables(pos_weight, 14, 14)) - exact).abs().max()
+    assert error <= 2 * (positional_attention(pos_weight, (14, 14)) - exact).abs().max() + 1e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_gradient_equals_autograd_through_the_whole_grid(grid, dtype):
+    pos_weight = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    attention = positional_attention(pos_weight, grid)
+    grad = torch.randn_like(attention)
+    (exact,) = torch.autograd.grad(attention, pos_weight, grad)
+    single = pos_weight.detach().to(dtype).requires_grad_()
+    (ours,) = torch.autograd.grad(product(*ck.relative_position_tables(single, grid)), single, grad.to(dtype))
+    eager = pos_weight.detach().to(dtype).requires_grad_()
+    (theirs,) = torch.autograd.grad(positional_attention(eager, grid), eager, grad.to(dtype))
+    floor = 1e-11 if dtype == torch.float64 else 1e-5
+    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() + floor * (1 + exact.abs().max())
+
+
+def test_first_and_second_derivatives():
+    pos_weight = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w: ck.relative_position_tables(w, (3, 4)), pos_weight)
+    assert torch.autograd.gradgradcheck(lambda w: ck.relative_position_tables(w, (3, 4)), pos_weight)
+
+
+def test_native_and_fallback_gradients_agree():
+    tables = ops.relative_position_tables(torch.randn(3, 3, dtype=torch.float64), 5, 4)
+    grads = [torch.randn_like(table) for table in tables]
+    torch.testing.assert_close(
+        ops.relative_position_tables_backward(*grads, *tables),
+        eager_tables.relative_position_tables_backward(*grads, *tables),
+        rtol=1e-13,
+        atol=1e-13,
+    )
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (3, 5), (14, 14)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float64])
+def test_dense_table_is_the_attention_with_zero_padding(grid, dtype, weight_dtype):
+    pos_weight = torch.randn(3, 3, dtype=weight_dtype)
+    tokens = grid[0] * grid[1]
+    table = ck.dense_position_table(pos_weight, grid, dtype)
+    assert table.shape == (3, tokens, -(-tokens // 16) * 16)
+    assert table.dtype == dtype
+    exact = positional_attention(pos_weight.double(), grid)
+    torch.testing.assert_close(
+        table[..., :tokens].double(),
+        exact,
+        rtol=torch.finfo(dtype).eps,
+        atol=torch.finfo(dtype).tiny + 1e-6 * (dtype == torch.float32),
+    )
+    assert (table[..., tokens:] == 0).all()
+
+
+def test_dense_table_is_differentiable():
+    pos_weight = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(2, 12, 16, dtype=torch.float32)
+    (ours,) = torch.autograd.grad(ck.dense_position_table(pos_weight, (3, 4)), pos_weight, grad)
+    (exact,) = torch.autograd.grad(positional_attention(pos_weight, (3, 4)), pos_weight, grad[..., :12].double())
+    torch.testing.assert_close(ours, exact, rtol=1e-6, atol=1e-6)
+
+
+@BOTH
+def test_huge_weights_give_one_hot_rows_not_nan(tables):
+    pos_weight = 1e4 * torch.tensor([[0.0, 0.0, -1.0], [2.0, -2.0, -1.0], [1.0, 0.0, 1.0]])
+    row_table, col_table = tables(pos_weight, 14, 14)
+    assert torch.isfinite(row_table).all()
+    assert torch.isfinite(col_table).all()
+    torch.testing.assert_close(row_table[0], torch.eye(14))
+    torch.testing.assert_close(col_table.sum(-1), torch.ones(3, 14))
+
+
+@BOTH
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_weights_give_nan_rows_as_one_softmax_does(tables, value):
+    pos_weight = torch.tensor([[value, 0.5, -1.0], [0.5, 0.5, -1.0]])
+    dense = product(*tables(pos_weight, 3, 3))
+    assert torch.equal(dense.isnan(), positional_attention(pos_weight, (3, 3)).isnan())
+
+
+def test_weights_and_gradients_of_any_strides():
+    wide = torch.randn(6, 8, dtype=torch.float64)
+    strided = wide[::2, 1:7:2]
+    assert not strided.is_contiguous()
+    tables = ops.relative_position_tables(strided, 3, 4)
+    for strided_table, table in zip(tables, ops.relative_position_tables(strided.contiguous(), 3, 4), strict=True):
+        assert torch.equal(strided_table, table)
+    grads = [
+        torch.randn(table.shape[1], 3, table.shape[2] * 2, dtype=torch.float64)[..., ::2].transpose(0, 1)
+        for table in tables
+    ]
+    grads[0] = grads[0][:, :, :1].expand_as(tables[0])
+    assert torch.equal(
+        ops.relative_position_tables_backward(*grads, *tables),
+        ops.relative_position_tables_backward(*(g.contiguous() for g in grads), *tables),
+    )
+
+
+def test_same_bits_for_any_number_of_threads():
+    pos_weight = torch.randn(16, 3)
+    grads = torch.randn(16, 18, 18), torch.randn(16, 8, 8)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            tables = ops.relative_position_tables(pos_weight, 18, 8)
+            results.append((*tables, ops.relative_position_tables_backward(*grads, *tables)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_weights_are_computed_in_float32(dtype):
+    pos_weight = torch.randn(3, 3).to(dtype)
+    row_table, col_table = ck.relative_position_tables(pos_weight, (4, 5))
+    expected = ck.relative_position_tables(pos_weight.float(), (4, 5))
+    assert torch.equal(row_table, expected[0])
+    assert torch.equal(col_table, expected[1])
+
+
+def test_one_int_is_a_square_grid_and_no_heads_are_fine():
+    assert [t.shape for t in ck.relative_position_tables(torch.randn(2, 3), 4)] == [(2, 4, 4), (2, 4, 4)]
+    assert [t.shape for t in ck.relative_position_tables(torch.randn(0, 3), (2, 5))] == [(0, 2, 2), (0, 5, 5)]
+    assert ck.dense_position_table(torch.randn(0, 3), (2, 5)).shape == (0, 10, 16)
+
+
+@pytest.mark.parametrize(
+    ("weight", "grid", "error", "text"),
+    [
+        (torch.randn(4, 2), (2, 2), ValueError, r"\(heads, 3\).*\(4, 2\)"),
+        (torch.randn(3), (2, 2), ValueError, r"\(heads, 3\).*\(3,\)"),
+        (torch.ones(4, 3, dtype=torch.int64), (2, 2), TypeError, "floating-point.*int64"),
+        ([[1.0, 2.0, 3.0]], (2, 2), TypeError, "list"),
+        (torch.randn(4, 3), (2, 0), ValueError, r"\(2, 0\)"),
+        (torch.randn(4, 3), (2, 2, 2), TypeError, r"\(2, 2, 2\)"),
+        (torch.randn(4, 3), "22", TypeError, "'22'"),
+        (torch.randn(4, 3), (2.0, 2), TypeError, "2.0"),
+    ],
+)
+def test_bad_input_says_what_was_given(weight, grid, error, text):
+    with pytest.raises(error, match=text):
+        ck.relative_position_tables(weight, grid)
+    with pytest.raises(error, match=text):
+        ck.dense_position_table(weight, grid)
+
+
+def test_the_ops_check_what_python_did_not():
+    tables = ops.relative_position_tables(torch.randn(2, 3), 3, 4)
+    with pytest.raises(RuntimeError, match="float32 or float64"):
+        ops.relative_position_tables(torch.randn(2, 3).half(), 3, 4)
+    with pytest.raises(RuntimeError, match="64 bits"):
+        ops.dense_position_table(torch.randn(2, 3), 1 << 22, 1 << 22, torch.float32)
+    with pytest.raises(RuntimeError, match="at most"):
+        ops.relative_position_tables(torch.randn(2, 3), 1 << 40, 1)
+    with pytest.raises(RuntimeError, match="float32, float16 or bfloat16"):
+        ops.dense_position_table(torch.randn(2, 3), 2, 2, torch.float64)
+    with pytest.raises(RuntimeError, match="grad_row"):
+        ops.relative_position_tables_backward(tables[0][:1], tables[1], *tables)
+    with pytest.raises(RuntimeError, match="shape"):
+        ops.relative_position_tables_backward(tables[1], tables[1], *tables)
+    with pytest.raises(TypeError, match="float64"):
+        ck.dense_position_table(torch.randn(2, 3), 2, torch.float64)
+
+
+def test_opcheck():
+    for dtype in (torch.float32, torch.float64):
+        pos_weight = torch.randn(2, 3, dtype=dtype, requires_grad=True)
+        torch.library.opcheck(ops.relative_position_tables, (pos_weight, 3, 4))
+        torch.library.opcheck(ops.dense_position_table, (pos_weight, 3, 4, torch.bfloat16))
+        tables = ops.relative_position_tables(pos_weight.detach(), 3, 4)
+        grads = [torch.randn_like(table) for table in tables]
+        torch.library.opcheck(ops.relative_position_tables_backward, (*grads, *tables))
+
+
+@pytest.mark.skipif(
+    extension.status["_C_cuda"] is not None, reason="the CUDA library is not built here; the CI's CUDA build runs this"
+)
+class TestCudaLibrary:
+    """Nothing of it can run without a GPU; what it is made of can be read."""
+
+    def test_every_op_has_a_cuda_kernel(self):
+        for name in ("relative_position_tables", "relative_position_tables_backward", "dense_position_table"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"convit_kernels::{name}", "CUDA")
+
+    def test_all_architectures_are_in_it(self):
+        tool = shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
+        if tool is None:
+            triton = pytest.importorskip("triton", reason="neither the CUDA toolkit's cuobjdump nor triton's is here")
+            tool = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+        library = Path(ck.__file__).parent / "_C_cuda.abi3.so"
+        code = subprocess.run([tool, "--list-elf", library], capture_output=True, text=True, check=True).stdout
+        for architecture in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"):
+            assert architecture + "." in code
+        ptx = subprocess.run([tool, "--list-ptx", library], capture_output=True, text=True, check=True).stdout
+        assert "sm_120" in ptx
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here; the CPU kernels share the arithmetic")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cuda_equals_cpu(dtype):
+    pos_weight = torch.randn(5, 3, dtype=dtype)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    cpu = ops.relative_position_tables(pos_weight, 13, 21)
+    cuda = ops.relative_position_tables(pos_weight.cuda(), 13, 21)
+    grads = [torch.randn_like(table) for table in cpu]
+    for expected, found in zip(cpu, cuda, strict=True):
+        torch.testing.assert_close(found.cpu(), expected, **tolerance)
+    torch.testing.assert_close(
+        ops.relative_position_tables_backward(*(g.cuda() for g in grads), *cuda).cpu(),
+        ops.relative_position_tables_backward(*grads, *cpu),
+        **tolerance,
+    )
+    dense = ops.dense_position_table(pos_weight.cuda(), 13, 21, torch.float32)
+    torch.testing.assert_close(dense.cpu(), ops.dense_position_table(pos_weight, 13, 21, torch.float32), **tolerance)
