@@ -32,7 +32,7 @@ def attention(
 ) -> Tensor:
     if dropout_p > 0:
         raise NotImplementedError("one dropout mask for both maps needs the map itself: use the reference backend")
-    row_table, col_table = relative_position_tables(pos_weight, grid)
+    row_table, col_table = relative_position_tables(pos_weight.to(torch.promote_types(pos_weight.dtype, v.dtype)), grid)
     g = torch.sigmoid(gate.to(row_table.dtype))[:, None, None]
     content = F.scaled_dot_product_attention(q, k, v, scale=scale)
     position = _positional_values(v, (g * row_table).to(v.dtype), col_table.to(v.dtype))

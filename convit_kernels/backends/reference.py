@@ -1,7 +1,7 @@
 """The oracle: gated positional self-attention as the paper writes it (arXiv 2103.10697, equation 7), dense and eager.
 
 Nothing here is shared with the fast paths: the positional softmax runs over all N keys of the two-dimensional grid, not
-over its factors.
+over its factors. Half-precision inputs are computed in float32.
 """
 
 import torch
@@ -20,13 +20,18 @@ def relative_coordinates(grid: tuple[int, int], like: Tensor) -> tuple[Tensor, T
 def attention_map(
     q: Tensor, k: Tensor, pos_weight: Tensor, gate: Tensor, grid: tuple[int, int], scale: float
 ) -> Tensor:
-    """The mixed map A, (B, H, N, N): (1 - sigmoid(gate)) * content + sigmoid(gate) * position. Each row sums to 1."""
+    """The mixed map A, (B, H, N, N) in at least float32: (1 - sigmoid(gate)) * content + sigmoid(gate) * position.
+
+    Each row sums to 1.
+    """
+    dtype = torch.promote_types(torch.promote_types(q.dtype, pos_weight.dtype), torch.float32)
+    q, k, pos_weight, gate = (tensor.to(dtype) for tensor in (q, k, pos_weight, gate))
     content = ((q @ k.transpose(-2, -1)) * scale).softmax(dim=-1)
     dx, dy = relative_coordinates(grid, pos_weight)
     features = torch.stack((dx, dy, dx.square() + dy.square()), dim=-1)
     position = torch.einsum("nmf,hf->hnm", features, pos_weight).softmax(dim=-1)
     g = torch.sigmoid(gate)[:, None, None]
-    return ((1 - g) * content + g * position).to(q.dtype)
+    return (1 - g) * content + g * position
 
 
 def attention(
@@ -40,4 +45,4 @@ def attention(
     dropout_p: float,
 ) -> Tensor:
     weights = attention_map(q, k, pos_weight, gate, grid, scale)
-    return F.dropout(weights, dropout_p) @ v
+    return (F.dropout(weights, dropout_p) @ v.to(weights.dtype)).to(v.dtype)

@@ -1,0 +1,321 @@
+"""gpsa_attention: exact on every backend, for every shape, and clear about what it cannot take."""
+
+import math
+
+import pytest
+import torch
+from equivalence import Inputs, assert_as_exact, eager_attention, make_inputs, with_gradients
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import convit_kernels as ck
+
+AVAILABLE = [backend.name for backend in ck.backends() if backend.available]
+EACH_BACKEND = pytest.mark.parametrize("backend", AVAILABLE)
+GRIDS = [(1, 1), (1, 7), (3, 5), (14, 14), (8, 18), (18, 8)]
+
+
+def attend(inputs: Inputs, grid, backend=None, scale=None, **options) -> torch.Tensor:
+    return ck.gpsa_attention(*inputs[:5], grid_size=grid, scale=scale, backend=backend, **options)
+
+
+def check(backend, grid, dtype, *, batch=4, heads=6, head_dim=24, logits=1.0, rounds=0.0, **options) -> None:
+    """Output and every gradient by the rule of twice the eager error."""
+    inputs = make_inputs(batch, heads, grid, head_dim, dtype, logits=logits, **options)
+    scale = head_dim**-0.5
+    exact = with_gradients(lambda i: eager_attention(i, grid, scale), inputs.to(torch.float64))
+    eager = with_gradients(lambda i: eager_attention(i, grid, scale), inputs)
+    if backend == "composite" and dtype == torch.float32:
+        rounds += 4  # torch's own fused attention rounds its float32 gradients up to three times as much as eager does
+    cancelling = 0.0
+    if grid == (1, 1) or logits > 100:  # a constant softmax, and one so sharp that nothing moves it
+        factor = max(1.0, inputs.q.abs().max().item(), inputs.k.abs().max().item())
+        cancelling = (inputs.grad * inputs.v).abs().sum(-1).max().item() * factor * batch
+    assert_as_exact(
+        with_gradients(lambda i: attend(i, grid, backend), inputs), eager, exact, cancelling=cancelling, rounds=rounds
+    )
+
+
+@EACH_BACKEND
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_output_and_gradients(backend, grid, dtype):
+    check(backend, grid, dtype)
+
+
+@EACH_BACKEND
+@pytest.mark.parametrize("head_dim", [1, 8, 40, 48, 64, 80])
+def test_head_dims(backend, head_dim):
+    check(backend, (5, 6), torch.float32, head_dim=head_dim)
+
+
+@EACH_BACKEND
+@pytest.mark.parametrize("gate", [-40.0, 0.0, 40.0])
+def test_saturated_gates(backend, gate):
+    check(backend, (4, 6), torch.float32, gate=gate)
+
+
+@EACH_BACKEND
+def test_large_logits(backend):
+    # A fused backward recomputes probabilities from logits near 1e4 and their log-sum-exp, each rounded once.
+    check(backend, (4, 6), torch.float32, logits=1e4, rounds=1e5)
+
+
+@EACH_BACKEND
+@pytest.mark.parametrize("grid", [(3, 5), (8, 18)])
+def test_float64_to_its_last_digits(backend, grid):
+    inputs = make_inputs(2, 3, grid, 16, torch.float64)
+    exact = with_gradients(lambda i: eager_attention(i, grid, 0.25), inputs)
+    ours = with_gradients(lambda i: attend(i, grid, backend, scale=0.25), inputs)
+    for mine, truth in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine, truth, rtol=1e-11, atol=1e-12)
+
+
+@EACH_BACKEND
+def test_gradcheck(backend):
+    q, k, v, pos_weight, gate, _ = make_inputs(2, 2, (2, 3), 4, torch.float64)
+    leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v, pos_weight, gate)]
+    assert torch.autograd.gradcheck(lambda *args: ck.gpsa_attention(*args, grid_size=(2, 3), backend=backend), leaves)
+
+
+@EACH_BACKEND
+def test_4096_tokens(backend):
+    grid = (64, 64)
+    inputs = make_inputs(1, 1, grid, 8)
+    exact = eager_attention(inputs.to(torch.float64), grid, 8**-0.5)
+    eager = eager_attention(inputs, grid, 8**-0.5)
+    assert_as_exact([attend(inputs, grid, backend)], [eager], [exact])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    height=st.integers(1, 6),
+    width=st.integers(1, 6),
+    heads=st.integers(1, 4),
+    head_dim=st.integers(1, 20),
+    batch=st.integers(1, 3),
+)
+def test_composite_equals_reference_on_any_shape(height, width, heads, head_dim, batch):
+    inputs = make_inputs(batch, heads, (height, width), head_dim, torch.float64)
+    torch.testing.assert_close(
+        attend(inputs, (height, width), "composite"),
+        attend(inputs, (height, width), "reference"),
+        rtol=1e-11,
+        atol=1e-12,
+    )
+
+
+@EACH_BACKEND
+def test_two_grids_of_one_size_differ(backend):
+    inputs = make_inputs(1, 2, (8, 18), 8)
+    assert not torch.allclose(attend(inputs, (8, 18), backend), attend(inputs, (18, 8), backend), atol=1e-3)
+    assert not torch.allclose(attend(inputs, (8, 18), backend), attend(inputs, None, backend), atol=1e-3)
+
+
+@EACH_BACKEND
+def test_defaults_are_a_square_grid_and_the_usual_scale(backend):
+    inputs = make_inputs(1, 2, (4, 4), 16)
+    expected = attend(inputs, (4, 4), backend, scale=0.25)
+    assert torch.equal(attend(inputs, None, backend), expected)
+    assert torch.equal(attend(inputs, 4, backend), expected)
+
+
+@EACH_BACKEND
+def test_the_fast_path_is_deterministic(backend):
+    inputs = make_inputs(2, 3, (5, 6), 16)
+    first = with_gradients(lambda i: attend(i, (5, 6), backend), inputs)
+    for _ in range(3):
+        again = with_gradients(lambda i: attend(i, (5, 6), backend), inputs)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@EACH_BACKEND
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_inputs_spread_as_in_the_reference_layer(backend, which, value):
+    inputs = make_inputs(2, 2, (3, 4), 8)
+    spoiled = getattr(inputs, which).clone()
+    spoiled[1, 0, 5, 3] = value
+    inputs = inputs._replace(**{which: spoiled})
+    expected = eager_attention(inputs, (3, 4), 0.5)
+    found = attend(inputs, (3, 4), backend, scale=0.5)
+    assert not torch.isfinite(expected).all()
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.isinf(), expected.isinf())
+
+
+@EACH_BACKEND
+def test_an_empty_batch_gives_an_empty_output(backend):
+    inputs = make_inputs(0, 2, (3, 4), 8)
+    out, dq, dk, dv, d_weight, d_gate = with_gradients(lambda i: attend(i, (3, 4), backend), inputs)
+    assert out.shape == dq.shape == dk.shape == dv.shape == (0, 2, 12, 8)
+    assert torch.equal(d_weight, torch.zeros(2, 3))
+    assert torch.equal(d_gate, torch.zeros(2))
+
+
+@EACH_BACKEND
+def test_mixed_precision_of_parameters(backend):
+    """Under autocast q, k and v are bfloat16 and the positional parameters stay float32."""
+    inputs = make_inputs(2, 3, (5, 6), 16)
+    low = Inputs(*(t.bfloat16() for t in inputs[:3]), inputs.pos_weight, inputs.gate, inputs.grad.bfloat16())
+    exact = with_gradients(lambda i: eager_attention(i, (5, 6), 0.25), low.to(torch.float64))
+    eager = with_gradients(lambda i: eager_attention(i, (5, 6), 0.25), low.to(torch.bfloat16))
+    ours = with_gradients(lambda i: attend(i, (5, 6), backend, scale=0.25), low)
+    assert ours[0].dtype == torch.bfloat16
+    assert ours[4].dtype == torch.float32
+    assert_as_exact(ours[:4], eager[:4], exact[:4])
+
+
+class TestDropout:
+    @EACH_BACKEND
+    def test_the_mask_is_that_of_the_reference_layer(self, backend):
+        """Dropout acts on the mixed map, with torch's own generator: the same seed drops the same entries."""
+        inputs = make_inputs(2, 3, (4, 5), 8)
+        torch.manual_seed(7)
+        ours = attend(inputs, (4, 5), backend, dropout_p=0.3)
+        torch.manual_seed(7)
+        identity = torch.eye(20).expand(2, 3, 20, 20)
+        mixed = eager_attention(inputs._replace(v=identity), (4, 5), 8**-0.5)
+        expected = torch.nn.functional.dropout(mixed, 0.3) @ inputs.v
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+    @EACH_BACKEND
+    def test_gradients_under_the_mask(self, backend):
+        inputs = make_inputs(1, 2, (3, 4), 4, torch.float64)
+
+        def dropped(*args):
+            torch.manual_seed(3)
+            return ck.gpsa_attention(*args, grid_size=(3, 4), dropout_p=0.4, backend=backend)
+
+        assert torch.autograd.gradcheck(dropped, [tensor.clone().requires_grad_() for tensor in inputs[:5]])
+
+
+class TestMemory:
+    def test_composite_builds_no_map(self):
+        """No tensor with as many elements as one N x N map, forward or backward, is ever allocated."""
+        grid, tokens = (32, 32), 1024
+        sizes = []
+
+        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                out = func(*args, **(kwargs or {}))
+                torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: sizes.append(t.numel()), out)
+                return out
+
+        inputs = make_inputs(1, 1, grid, 8)
+        with Watch():
+            with_gradients(lambda i: attend(i, grid, "composite"), inputs)
+            largest_fast = max(sizes)
+            sizes.clear()
+            attend(inputs, grid, "reference")
+        assert max(sizes) >= tokens**2, "the watch must see a map where there is one"
+        assert largest_fast < tokens**2 / 8
+
+
+class TestCompile:
+    @EACH_BACKEND
+    @pytest.mark.parametrize("dynamic", [False, True])
+    def test_one_graph_without_a_break(self, backend, dynamic):
+        inputs = make_inputs(2, 2, (3, 4), 8)
+        compiled = torch.compile(
+            lambda i: attend(i, (3, 4), backend), fullgraph=True, dynamic=dynamic, backend="aot_eager"
+        )
+        ours, expected = (with_gradients(f, inputs) for f in (compiled, lambda i: attend(i, (3, 4), backend)))
+        for mine, truth in zip(ours, expected, strict=True):
+            torch.testing.assert_close(mine, truth)
+
+    def test_inductor(self):
+        inputs = make_inputs(2, 2, (3, 4), 8)
+        compiled = torch.compile(lambda i: attend(i, (3, 4)), fullgraph=True)
+        for mine, truth in zip(
+            with_gradients(compiled, inputs), with_gradients(lambda i: attend(i, (3, 4)), inputs), strict=True
+        ):
+            torch.testing.assert_close(mine, truth)
+
+    def test_exported_programs_hold_only_torch_operators(self):
+        class Module(torch.nn.Module):
+            def forward(self, q, k, v, pos_weight, gate):
+                return ck.gpsa_attention(q, k, v, pos_weight, gate, grid_size=(3, 4), backend="composite")
+
+        inputs = make_inputs(2, 2, (3, 4), 8)
+        program = torch.export.export(Module(), inputs[:5])
+        targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+        assert targets
+        assert not [target for target in targets if "convit" in target]
+        torch.testing.assert_close(program.module()(*inputs[:5]), attend(inputs, (3, 4)))
+
+
+class TestBackends:
+    def test_each_says_whether_it_can_run_or_why_not(self):
+        listed = ck.backends()
+        assert [backend.name for backend in listed] == ["triton", "cpu", "composite", "reference"]
+        for backend in listed:
+            assert backend.available == (backend.reason == "")
+        assert {"composite", "reference"} <= {backend.name for backend in listed if backend.available}
+
+    def test_one_that_cannot_run_raises_with_the_reason(self):
+        inputs = make_inputs(1, 1, (2, 2), 4)
+        for backend in ck.backends():
+            if not backend.available:
+                with pytest.raises(RuntimeError, match=backend.reason):
+                    attend(inputs, None, backend.name)
+
+    def test_an_unknown_one_raises_with_the_names(self):
+        with pytest.raises(ValueError, match=r"'flash'.*composite"):
+            attend(make_inputs(1, 1, (2, 2), 4), None, "flash")
+
+
+class TestBadInput:
+    """Each mistake has its own error, which names what was given and what is allowed."""
+
+    def call(self, **changes):
+        inputs = make_inputs(2, 3, (4, 4), 8)._asdict()
+        del inputs["grad"]
+        options = {name: changes.pop(name) for name in list(changes) if name not in inputs}
+        inputs.update(changes)
+        return ck.gpsa_attention(*inputs.values(), **options)
+
+    @pytest.mark.parametrize(
+        ("changes", "error", "text"),
+        [
+            (
+                {"q": torch.randn(2, 16, 24)},
+                ValueError,
+                r"q must have shape \(batch, heads, tokens, head_dim\).*\(2, 16, 24\)",
+            ),
+            ({"k": torch.randn(1, 3, 16, 8)}, ValueError, r"k must have q's shape \(2, 3, 16, 8\).*\(1, 3, 16, 8\)"),
+            ({"k": torch.randn(2, 4, 16, 8)}, ValueError, "k must have q's shape"),
+            ({"v": torch.randn(2, 3, 15, 8)}, ValueError, "v must have q's shape"),
+            ({"v": torch.randn(2, 3, 16, 9)}, ValueError, "v must have q's shape"),
+            ({"v": torch.randn(2, 3, 16, 8).double()}, TypeError, "v must have q's dtype torch.float32.*torch.float64"),
+            ({"q": torch.ones(2, 3, 16, 8, dtype=torch.int32)}, TypeError, "q must be float16.*torch.int32"),
+            ({"gate": torch.ones(3, dtype=torch.int64)}, TypeError, "gate must be float16.*torch.int64"),
+            ({"q": torch.ones(2, 3, 16, 8, dtype=torch.complex64)}, TypeError, "complex64"),
+            ({"q": [1.0]}, TypeError, "q must be a tensor.*list"),
+            ({"pos_weight": torch.randn(4, 3)}, ValueError, r"pos_weight must have shape \(3, 3\).*\(4, 3\)"),
+            ({"pos_weight": torch.randn(3, 2)}, ValueError, r"pos_weight must have shape \(3, 3\).*\(3, 2\)"),
+            ({"gate": torch.randn(1, 3, 1, 1)}, ValueError, r"gate must have shape \(3,\).*\(1, 3, 1, 1\)"),
+            ({"gate": torch.randn(3, device="meta")}, ValueError, "gate is on meta.*cpu"),
+            ({"grid_size": (4, 5)}, ValueError, r"\(4, 5\) has 20 tokens.*16"),
+            ({"grid_size": (-4, -4)}, ValueError, "sides of at least 1"),
+            ({"grid_size": (4.0, 4.0)}, TypeError, "pair of ints"),
+            ({"dropout_p": 1.0}, ValueError, r"\[0, 1\).*1.0"),
+            ({"dropout_p": -0.1}, ValueError, r"\[0, 1\).*-0.1"),
+            ({"dropout_p": math.nan}, ValueError, "nan"),
+        ],
+    )
+    def test_error(self, changes, error, text):
+        with pytest.raises(error, match=text):
+            self.call(**changes)
+
+    @pytest.mark.parametrize("tokens", [0, 2, 12])
+    def test_tokens_that_fit_no_square(self, tokens):
+        q = torch.randn(1, 1, tokens, 4)
+        with pytest.raises(ValueError, match=f"{tokens} tokens form no square grid: pass grid_size"):
+            ck.gpsa_attention(q, q, q, torch.randn(1, 3), torch.randn(1))
+
+    @pytest.mark.parametrize("shape", [(2, 0, 16, 8), (2, 3, 16, 0)])
+    def test_no_heads_or_no_channels(self, shape):
+        q = torch.randn(shape)
+        with pytest.raises(ValueError, match="at least one head"):
+            ck.gpsa_attention(q, q, q, torch.randn(shape[1], 3), torch.randn(shape[1]))

@@ -1,0 +1,249 @@
+"""replace_gpsa: the same model, faster; or a clear refusal and the model untouched."""
+
+import copy
+
+import foreign
+import pytest
+import timm
+import torch
+from timm.models import convit
+from torch import nn
+
+import convit_kernels as ck
+
+
+def perturbed(layer: nn.Module) -> nn.Module:
+    """Gates and positions away from their equal initial values, so that every branch matters."""
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if "pos_proj" in name or "gating" in name or "alpha" in name:
+                parameter.add_(0.5 * torch.randn_like(parameter))
+    return layer
+
+
+def timm_layer(dim=32, num_heads=4, **options):
+    return convit.GPSA(dim, num_heads, **options)
+
+
+LAYERS = {
+    "timm": timm_layer,
+    "official": foreign.OfficialGPSA,
+    "dytox": foreign.DyToxGPSA,
+    "imaging": lambda dim, num_heads, **options: foreign.ImagingGPSA(dim, num_heads, grid_size=(4, 4), **options),
+    "vissl": foreign.VisslGPSA,
+}
+EACH_LAYER = pytest.mark.parametrize("kind", LAYERS)
+
+
+def output(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    out = layer(x)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def gradients(layer: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    x = x.detach().requires_grad_()
+    out = output(layer, x)
+    layer.zero_grad()
+    out.square().sum().backward()
+    grads = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
+    return {"out": out.detach(), "x": x.grad, **grads}
+
+
+@EACH_LAYER
+@pytest.mark.parametrize("options", [{}, {"qkv_bias": True}])
+def test_outputs_and_gradients_stay_the_same(kind, options):
+    dtype = torch.float64 if kind == "timm" else torch.float32  # the others' positional features are always float32
+    layer = perturbed(LAYERS[kind](32, 4, **options)).to(dtype)
+    x = torch.randn(2, 16, 32, dtype=dtype)
+    expected = gradients(layer, x)
+    found = gradients(ck.GPSA.from_module(layer), x)
+    assert found.keys() == expected.keys()
+    tolerance = {"rtol": 1e-10, "atol": 1e-11} if x.dtype == torch.float64 else {"rtol": 2e-4, "atol": 2e-4}
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@EACH_LAYER
+def test_parameters_are_the_same_objects_under_the_same_names(kind):
+    layer = LAYERS[kind](32, 4)
+    replaced = ck.GPSA.from_module(layer)
+    assert list(replaced.state_dict()) == list(layer.state_dict())
+    before, after = dict(layer.named_parameters()), dict(replaced.named_parameters())
+    assert list(before) == list(after)
+    assert all(before[name] is after[name] for name in before)
+
+
+@EACH_LAYER
+def test_converting_leaves_no_trace_in_the_original(kind):
+    layer = LAYERS[kind](32, 4)
+    before = set(vars(layer)), dict(layer._buffers), list(layer.state_dict())
+    ck.GPSA.from_module(layer)
+    assert (set(vars(layer)), dict(layer._buffers), list(layer.state_dict())) == before
+
+
+def test_dytox_still_gets_a_tuple():
+    layer = perturbed(foreign.DyToxGPSA(32, 4))
+    x = torch.randn(2, 16, 32)
+    out, attention, v = layer(x)
+    replaced = ck.GPSA.from_module(layer)
+    mine, none, values = replaced(x)
+    torch.testing.assert_close(mine, out, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(values, v)
+    assert none is None
+    torch.testing.assert_close(replaced.get_attention(x), attention, rtol=1e-4, atol=1e-5)
+
+
+def test_separate_projections_follow_the_grid_their_block_sets():
+    layer = perturbed(foreign.ImagingGPSA(32, 4, grid_size=(2, 6)))
+    replaced = ck.GPSA.from_module(layer)
+    x = torch.randn(2, 12, 32)
+    for grid in ((2, 6), (6, 2), (3, 4)):
+        layer.current_grid_size = replaced.current_grid_size = grid
+        torch.testing.assert_close(replaced(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+@EACH_LAYER
+def test_attention_maps_stay_the_same(kind):
+    layer = perturbed(LAYERS[kind](32, 4))
+    x = torch.randn(2, 16, 32)
+    output(layer, x)
+    replaced = ck.GPSA.from_module(layer)
+    for mine, theirs in zip(replaced.get_attention_map(x, True), layer.get_attention_map(x, True), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(replaced.get_attention_map(x), layer.get_attention_map(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(replaced.get_attention(x), layer.get_attention(x), rtol=1e-4, atol=1e-5)
+
+
+class TestWholeModel:
+    def model(self, **options) -> nn.Module:
+        return perturbed(
+            timm.create_model("convit_tiny", depth=4, local_up_to_layer=3, num_classes=7, **options)
+        ).eval()
+
+    def test_every_gpsa_layer_is_swapped_and_no_other(self):
+        model = self.model()
+        assert ck.replace_gpsa(model) == 3
+        assert [type(block.attn).__name__ for block in model.blocks] == ["GPSA", "GPSA", "GPSA", "MHSA"]
+        assert all(isinstance(block.attn, ck.GPSA) for block in model.blocks[:3])
+
+    def test_logits_by_the_rule_of_twice_the_eager_error(self):
+        model, images = self.model(), torch.randn(2, 3, 224, 224)
+        with torch.no_grad():
+            exact = copy.deepcopy(model).double()(images.double())
+            eager = model(images)
+            ck.replace_gpsa(model)
+            ours = model(images)
+        assert (ours - exact).abs().max() <= 2 * (eager - exact).abs().max() + 1e-7
+
+    def test_an_optimizer_made_before_goes_on_working(self):
+        torch.manual_seed(1)
+        models = [self.model(), None]
+        models[1] = copy.deepcopy(models[0])
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in models]
+        ck.replace_gpsa(models[1])
+        images, labels = torch.randn(2, 3, 224, 224), torch.tensor([1, 2])
+        for _ in range(2):
+            for model, optimizer in zip(models, optimizers, strict=True):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(images), labels).backward()
+                optimizer.step()
+        for (name, ours), theirs in zip(models[1].named_parameters(), models[0].parameters(), strict=True):
+            # one AdamW step moves a parameter by lr however small its gradient: rounding decides the sign of none
+            assert ours.grad is not None, name
+            if "pos_proj.bias" not in name:
+                torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-2, atol=1e-4)
+
+    def test_state_dicts_cross_load(self):
+        model, other = self.model(), self.model()
+        ck.replace_gpsa(other)
+        other.load_state_dict(model.state_dict(), strict=True)
+        model.load_state_dict(other.state_dict(), strict=True)
+
+    def test_mode_dtype_and_frozen_parameters_are_kept(self):
+        model = self.model().bfloat16()
+        model.blocks[0].attn.train()
+        model.blocks[1].attn.proj.weight.requires_grad_(False)
+        ck.replace_gpsa(model)
+        assert model.blocks[0].attn.training
+        assert not model.blocks[1].attn.training
+        assert not model.blocks[1].attn.proj.weight.requires_grad
+        assert model.blocks[2].attn.gating_param.dtype == torch.bfloat16
+        assert model(torch.randn(1, 3, 224, 224).bfloat16()).dtype == torch.bfloat16
+
+    def test_hooks_fire_and_their_handles_remove_them(self):
+        model, calls = self.model(), []
+        layer = model.blocks[0].attn
+        handle = layer.register_forward_hook(lambda *_: calls.append("outer"))
+        layer.v.register_forward_hook(lambda *_: calls.append("inner"))
+        ck.replace_gpsa(model)
+        model(torch.randn(1, 3, 224, 224))
+        assert sorted(calls) == ["inner", "outer"]
+        handle.remove()
+        model(torch.randn(1, 3, 224, 224))
+        assert sorted(calls) == ["inner", "inner", "outer"]
+
+    def test_a_layer_in_two_places_stays_one(self):
+        layer = timm_layer()
+        model = nn.ModuleDict({"a": layer, "b": nn.Sequential(layer)})
+        assert ck.replace_gpsa(model) == 1
+        assert model["a"] is model["b"][0]
+        assert isinstance(model["a"], ck.GPSA)
+
+    def test_backend_is_passed_on(self):
+        model = self.model()
+        ck.replace_gpsa(model, backend="reference")
+        assert {block.attn.backend for block in model.blocks[:3]} == {"reference"}
+
+    def test_twice_is_once(self):
+        model = self.model()
+        ck.replace_gpsa(model)
+        with pytest.warns(UserWarning, match="3 already are"):
+            assert ck.replace_gpsa(model) == 0
+
+    def test_compiled_model_without_a_graph_break(self):
+        model, images = self.model(), torch.randn(1, 3, 224, 224)
+        ck.replace_gpsa(model)
+        expected = model(images)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(images), expected)
+
+
+class TestRefusals:
+    def test_a_model_without_gpsa_warns_and_returns_zero(self):
+        with pytest.warns(UserWarning, match="Linear contains no reference GPSA"):
+            assert ck.replace_gpsa(nn.Linear(2, 2)) == 0
+
+    def test_a_bare_layer_has_no_place_to_swap_in(self):
+        with pytest.raises(TypeError, match=r"GPSA\.from_module"):
+            ck.replace_gpsa(timm_layer())
+
+    @pytest.mark.parametrize(
+        ("layer", "text"),
+        [
+            (lambda: foreign.PlainDistanceGPSA(32, 4), r"GPSA.*features are not \(dx, dy, dx\^2 \+ dy\^2\)"),
+            (lambda: foreign.MirroredGPSA(32, 4), r"GPSA.*key minus query"),
+            (lambda: foreign.OneDimensionalGPSA(32, 4), r"GPSA1D.*pos_proj.weight has shape \(4, 2\).*two-dimensional"),
+            (lambda: foreign.ThreeDimensionalGPSA(32, 4, grid_size=(2, 2, 2)), "GPSA3D.*features cannot be read"),
+            (foreign.VformerGPSA, "GatedPositionalSelfAttention.*has no v, proj, pos_proj"),
+            (lambda: timm_layer(device="meta"), "meta device"),
+        ],
+    )
+    def test_other_mathematics_is_refused_before_anything_is_swapped(self, layer, text):
+        good, other = timm_layer(), layer()
+        model = nn.ModuleList([good, other])
+        with pytest.raises(TypeError, match=f"1 .*{text}"):
+            ck.replace_gpsa(model)
+        assert model[0] is good
+        assert model[1] is other
+        with pytest.raises(TypeError, match=text):
+            ck.GPSA.from_module(other)
+
+    def test_what_is_no_gpsa_cannot_be_converted(self):
+        with pytest.raises(TypeError, match="Linear is not a reference GPSA"):
+            ck.GPSA.from_module(nn.Linear(3, 3))
+
+    def test_an_unknown_backend_is_refused_before_anything_is_swapped(self):
+        model = nn.ModuleList([timm_layer()])
+        with pytest.raises(ValueError, match="unknown backend 'fast'"):
+            ck.replace_gpsa(model, backend="fast")
+        assert isinstance(model[0], convit.GPSA)
