@@ -93,10 +93,10 @@ def demo(
     names = model or list(demonstration.MODELS)
     try:
         demonstration.check_arguments(names, checkpoint, device)
+        results = demonstration.run(names, checkpoint, batch, repeats, device, console)
     except ValueError as error:
         console.print(str(error), style="red")
         raise typer.Exit(2) from error
-    results = demonstration.run(names, checkpoint, batch, repeats, device, console)
     console.print(demonstration.render(results, batch, device))
     if json_file is not None:
         json_file.write_text(

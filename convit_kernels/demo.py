@@ -35,7 +35,10 @@ def check_arguments(names: Sequence[str], checkpoint: Path | None, device: str) 
             raise ValueError(f"timm has no ConViT named {name!r}: allowed are {', '.join(known)}")
     if checkpoint is not None and len(names) != 1:
         raise ValueError(f"--checkpoint holds the weights of one model: give one --model, not {len(names)}")
-    kind = torch.device(device).type
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = "unknown"
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU on this machine")
     if kind not in ("cpu", "cuda"):
@@ -72,7 +75,10 @@ def build(name: str, checkpoint: Path | None) -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = timm.create_model(name, pretrained=False)
     if checkpoint is not None:
-        model.load_state_dict(timm.models.load_state_dict(str(checkpoint), weights_only=True))
+        try:
+            model.load_state_dict(timm.models.load_state_dict(str(checkpoint), weights_only=True))
+        except Exception as error:  # a damaged or foreign file fails in many ways
+            raise ValueError(f"{checkpoint} does not hold the weights of {name}: {error}") from error
         return model.eval()
     with torch.no_grad():
         for module in model.modules():
@@ -175,7 +181,11 @@ def run(
 
 def render(results: Sequence[dict[str, Any]], batch: int, device: str) -> Table:
     """The results as a table, with what its columns mean beneath it."""
-    table = Table(title=f"timm's ConViT before and after replace_gpsa: batch {batch}, float32, {device}", box=SIMPLE)
+    table = Table(
+        title=f"timm's ConViT before and after replace_gpsa: batch {batch}, float32, {device}",
+        box=SIMPLE,
+        pad_edge=False,
+    )
     table.add_column("model", no_wrap=True)
     for heading in ("eager", "ours", "faster", "differ", "allowed", "top-5", "peak MB", ""):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -188,7 +198,7 @@ def render(results: Sequence[dict[str, Any]], batch: int, device: str) -> Table:
             f"{row['largest_difference']:.1e}",
             f"{2 * row['eager_error']:.1e}",
             f"{row['top5_agreement']:.0%}",
-            f"{row['eager_peak_mb']:.0f} > {row['fused_peak_mb']:.0f}",
+            f"{row['eager_peak_mb']:.0f}>{row['fused_peak_mb']:.0f}",
             "[green]ok[/green]" if row["passed"] else "[red]FAIL[/red]",
         )
     weights = results[0]["weights"]

@@ -1,5 +1,6 @@
 """The GPSA layer: projections around `gpsa_attention`, with the reference layer's signature and state_dict."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,15 @@ from .grid import parse_grid, resolve_grid
 
 # torch.fx keeps it as one call: its checks read shapes, which a symbolic trace does not have
 torch.fx.wrap("gpsa_attention")
+
+
+@torch.no_grad()
+def _normal_(weight: Tensor, std: float) -> None:
+    """Normal values by inverse CDF, one uniform draw each, clamped to [-2, 2], as the reference initialises.
+
+    torch's own trunc_normal_ has changed its method, and with it what a seed gives.
+    """
+    weight.uniform_(-1, 1).erfinv_().mul_(std * math.sqrt(2)).clamp_(-2, 2)
 
 
 class GPSA(nn.Module):
@@ -103,7 +113,7 @@ class GPSA(nn.Module):
         """The reference's initial values: truncated normal projections, open gates, then `local_init`."""
         for child in self.children():
             if isinstance(child, nn.Linear):
-                nn.init.trunc_normal_(child.weight, std=0.02)
+                _normal_(child.weight, std=0.02)
                 if child.bias is not None:
                     nn.init.zeros_(child.bias)
         nn.init.ones_(self.gating_param)
@@ -137,7 +147,7 @@ class GPSA(nn.Module):
     def position_weight(self) -> Tensor:
         """(H, 3) weights of (dx, dy, dx^2 + dy^2)."""
         weight, bias = self.pos_proj.weight, self.pos_proj.bias
-        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        if bias is not None and torch.is_grad_enabled():
             # A constant cancels in the softmax. It is added times zero so that the bias gets the zero gradient it has
             # in the reference, not None, which DistributedDataParallel would report as an unused parameter.
             weight = weight + 0 * bias[:, None]

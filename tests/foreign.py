@@ -3,6 +3,7 @@
 One class with the reference's mathematics; the variants change what those projects changed.
 """
 
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -58,7 +59,7 @@ class OfficialGPSA(nn.Module):
 
     def _init_weights(self, module):
         if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
+            timm.layers.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 

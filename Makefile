@@ -1,0 +1,56 @@
+# Every target sets up what it needs: a virtual environment, torch, timm, and the package with its native libraries.
+# A second run finds all of that in place.
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+# an older torch, to prove that the libraries need no rebuild for it
+ABI_VENV ?= .venv-abi
+ABI_TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+SOURCES := setup.py convit_kernels/schemas.py $(wildcard csrc/*)
+
+.PHONY: demo test bench lint abi clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/built
+	$(BIN)/python -m convit_kernels demo $(ARGS)
+
+test: $(VENV)/built
+	$(BIN)/python -m pytest tests $(ARGS)
+
+bench: $(VENV)/built
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+lint: $(VENV)/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The libraries built above, loaded by another version of torch.
+abi: $(VENV)/built $(ABI_VENV)/ready
+	PYTHONPATH=. $(ABI_VENV)/bin/python -m pytest tests/test_relpos.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) $(ABI_VENV) build *.egg-info convit_kernels/*.so
+
+# Each stamp is written last: a set-up that was interrupted is done again, torch's from an empty environment.
+$(VENV)/torch: Makefile
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) $(TORCH)
+	touch $@
+
+$(VENV)/ready: $(VENV)/torch pyproject.toml
+	$(PIP) 'setuptools>=77'
+	CONVIT_KERNELS_CPU=0 CONVIT_KERNELS_CUDA=0 $(PIP) --no-build-isolation --editable '.[dev]'
+	touch $@
+
+$(VENV)/built: $(VENV)/ready $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+$(ABI_VENV)/ready: Makefile
+	$(PYTHON) -m venv --clear $(ABI_VENV)
+	$(ABI_VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(ABI_TORCH) numpy pytest
+	touch $@

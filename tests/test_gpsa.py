@@ -1,0 +1,235 @@
+"""The GPSA layer: the reference's parameters and outputs, in every precision, on every grid."""
+
+import copy
+
+import foreign
+import pytest
+import torch
+from equivalence import rounding_floor
+from timm.models import convit
+from torch import nn
+
+import convit_kernels as ck
+
+KEYS = ["gating_param", "qk.weight", "v.weight", "proj.weight", "proj.bias", "pos_proj.weight", "pos_proj.bias"]
+AVAILABLE = [backend.name for backend in ck.backends() if backend.available]
+
+
+def perturbed(layer: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        layer.gating_param.add_(torch.randn_like(layer.gating_param))
+        layer.pos_proj.weight.add_(0.3 * torch.randn_like(layer.pos_proj.weight))
+    return layer
+
+
+def pair(dim=96, num_heads=4, **options) -> tuple[ck.GPSA, nn.Module]:
+    """Our layer and timm's, with the same parameters."""
+    ours = perturbed(ck.GPSA(dim, num_heads, **options))
+    theirs = convit.GPSA(dim, num_heads, **options)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    return ours, theirs
+
+
+class TestParameters:
+    @pytest.mark.parametrize("qkv_bias", [False, True])
+    def test_state_dict_is_the_reference_s(self, qkv_bias):
+        layer = ck.GPSA(32, 4, qkv_bias=qkv_bias)
+        expected = set(KEYS) | ({"qk.bias", "v.bias"} if qkv_bias else set())
+        assert set(layer.state_dict()) == expected
+        assert list(layer.state_dict()) == list(convit.GPSA(32, 4, qkv_bias=qkv_bias).state_dict())
+
+    @pytest.mark.parametrize("num_heads", [1, 2, 4, 8, 9, 12, 16])
+    @pytest.mark.parametrize("options", [{}, {"qkv_bias": True}, {"use_local_init": False}, {"locality_strength": 2.0}])
+    def test_one_seed_gives_the_official_class_s_initial_values(self, num_heads, options):
+        torch.manual_seed(5)
+        theirs = foreign.OfficialGPSA(144, num_heads, **options)
+        torch.manual_seed(5)
+        ours = ck.GPSA(144, num_heads, **options)
+        for name, value in theirs.state_dict().items():
+            assert torch.equal(ours.state_dict()[name], value), name
+
+    @pytest.mark.parametrize("num_heads", [4, 9, 12])
+    def test_one_seed_gives_timm_s_initial_values(self, num_heads):
+        """timm initialises from the model: it draws anew for every linear layer, then calls local_init()."""
+        torch.manual_seed(5)
+        theirs = convit.GPSA(144, num_heads, locality_strength=1.5)
+        theirs.apply(lambda module: convit.ConVit._init_weights(None, module))
+        theirs.local_init()
+        torch.manual_seed(5)
+        ours = ck.GPSA(144, num_heads, locality_strength=1.5)
+        for name, value in theirs.state_dict().items():
+            assert torch.equal(ours.state_dict()[name], value), name
+
+    def test_twelve_heads_place_nine_as_the_reference_does(self):
+        layer = ck.GPSA(24, 12)
+        assert torch.equal(layer.pos_proj.weight[:9, 2], -torch.ones(9))
+        assert (layer.pos_proj.weight[9:, 2].abs() < 0.2).all()
+        assert torch.equal(layer.v.weight, torch.eye(24))
+
+    def test_local_init_with_and_without_an_argument(self):
+        layer = ck.GPSA(32, 4, locality_strength=3.0)
+        layer.local_init()
+        assert layer.pos_proj.weight[0].tolist() == [-3.0, -3.0, -3.0]
+        layer.local_init(0.5)
+        assert layer.pos_proj.weight[3].tolist() == [0.5, 0.5, -0.5]
+        layer.local_init(locality_strength=2)
+        assert layer.pos_proj.weight[1].tolist() == [-2.0, 2.0, -2.0]
+
+    def test_device_and_dtype_of_the_constructor(self):
+        assert {p.dtype for p in ck.GPSA(32, 4, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+        assert {p.device.type for p in ck.GPSA(32, 4, device="meta").parameters()} == {"meta"}
+
+
+class TestAgainstTimm:
+    @pytest.mark.parametrize("backend", AVAILABLE)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("tokens", [1, 16, 196])
+    def test_output_and_every_gradient(self, backend, dtype, tokens):
+        ours, theirs = pair(qkv_bias=True)
+        ours.backend = backend
+        ours, theirs = ours.to(dtype), theirs.to(dtype)
+        x, grad = torch.randn(2, tokens, 96).to(dtype), torch.randn(2, tokens, 96).to(dtype)
+
+        def run(layer, x, grad):
+            x = x.clone().requires_grad_()
+            out = layer(x)
+            layer.zero_grad()
+            out.backward(grad)
+            return {"out": out.detach(), "x": x.grad} | {n: p.grad for n, p in layer.named_parameters()}
+
+        exact = run(copy.deepcopy(theirs).double(), x.double(), grad.double())
+        eager, found = run(theirs, x, grad), run(ours, x, grad)
+        for name, truth in exact.items():
+            error = (found[name].double() - truth).abs().max().item()
+            allowed = 2 * (eager[name].double() - truth).abs().max().item() + rounding_floor(truth, dtype)
+            # what cancels to zero (a bias under a softmax, one token) is zero up to rounding of the terms
+            allowed += 4 * torch.finfo(dtype).eps * max(1.0, truth.abs().max().item())
+            assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+        assert torch.equal(found["pos_proj.bias"], torch.zeros(4, dtype=dtype))
+
+    def test_float64_to_its_last_digits(self):
+        ours, theirs = pair()
+        x = torch.randn(2, 25, 96, dtype=torch.float64)
+        torch.testing.assert_close(ours.double()(x), theirs.double()(x), rtol=1e-12, atol=1e-13)
+
+    def test_qk_scale(self):
+        ours, theirs = pair()
+        ours.scale = ck.GPSA(96, 4, qk_scale=0.7).scale
+        theirs.scale = 0.7
+        x = torch.randn(2, 16, 96)
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_autocast(self, dtype):
+        ours, theirs = pair()
+        x = torch.randn(2, 49, 96)
+        exact = copy.deepcopy(theirs).double()(x.double())
+        with torch.autocast("cpu", dtype):
+            eager, found = theirs(x), ours(x)
+        assert found.dtype == eager.dtype == dtype
+        assert (found.double() - exact).abs().max() <= 2 * (eager.double() - exact).abs().max()
+
+    @pytest.mark.parametrize("train", [True, False])
+    def test_dropout_draws_as_the_reference_does(self, train):
+        ours, theirs = pair(attn_drop=0.3, proj_drop=0.2)
+        ours.train(train)
+        theirs.train(train)
+        x = torch.randn(2, 16, 96)
+        torch.manual_seed(11)
+        expected = theirs(x)
+        torch.manual_seed(11)
+        torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)
+
+    def test_attention_and_its_map(self):
+        ours, theirs = pair()
+        x = torch.randn(3, 25, 96)
+        theirs(x)
+        torch.testing.assert_close(ours.get_attention(x), theirs.get_attention(x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours.get_attention_map(x), theirs.get_attention_map(x), rtol=1e-5, atol=1e-5)
+        for mine, other in zip(
+            ours.get_attention_map(x, return_map=True), theirs.get_attention_map(x, True), strict=True
+        ):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+    def test_timm_s_own_model_may_build_it(self, monkeypatch):
+        """timm's blocks construct the layer, apply their initialisation and call local_init()."""
+        monkeypatch.setattr(convit, "GPSA", ck.GPSA)
+        model = convit.ConVit(embed_dim=16, num_heads=4, depth=3, local_up_to_layer=2, img_size=64, num_classes=5)
+        assert sum(isinstance(module, ck.GPSA) for module in model.modules()) == 2
+        assert model(torch.randn(2, 3, 64, 64)).shape == (2, 5)
+        assert torch.equal(model.blocks[0].attn.v.weight, torch.eye(64))
+
+
+class TestGrids:
+    @pytest.mark.parametrize("grid", [(8, 18), (18, 8), (1, 144), (12, 12)])
+    def test_output_is_the_explicit_attention_on_that_grid(self, grid):
+        layer = perturbed(ck.GPSA(32, 4, grid_size=grid)).double()
+        x = torch.randn(2, 144, 32, dtype=torch.float64)
+        v = layer.v(x).reshape(2, 144, 4, 8).transpose(1, 2)
+        expected = layer.proj((layer.get_attention(x) @ v).transpose(1, 2).flatten(2))
+        torch.testing.assert_close(layer(x), expected, rtol=1e-11, atol=1e-12)
+
+    def test_grid_size_may_be_assigned_at_any_time(self):
+        layer = perturbed(ck.GPSA(32, 4))
+        x = torch.randn(1, 144, 32)
+        square = layer(x)
+        layer.grid_size = (8, 18)
+        wide = layer(x)
+        layer.grid_size = (18, 8)
+        assert not torch.allclose(wide, square, atol=1e-4)
+        assert not torch.allclose(wide, layer(x), atol=1e-4)
+
+    def test_no_square_says_what_to_pass(self):
+        with pytest.raises(ValueError, match="12 tokens form no square grid: pass grid_size"):
+            ck.GPSA(32, 4)(torch.randn(1, 12, 32))
+
+    def test_4096_tokens(self):
+        assert torch.isfinite(ck.GPSA(8, 2)(torch.randn(1, 4096, 8))).all()
+
+
+class TestHouse:
+    def test_empty_batch(self):
+        layer = ck.GPSA(32, 4)
+        out = layer(torch.randn(0, 16, 32))
+        assert out.shape == (0, 16, 32)
+        out.sum().backward()
+        assert torch.equal(layer.gating_param.grad, torch.zeros(4))
+
+    def test_huge_locality_gives_no_nan(self):
+        layer = ck.GPSA(32, 4, locality_strength=1e4)
+        x = torch.randn(1, 196, 32)
+        out = layer(x)
+        out.sum().backward()
+        assert torch.isfinite(out).all()
+        assert torch.isfinite(layer.pos_proj.weight.grad).all()
+
+    @pytest.mark.parametrize(
+        ("arguments", "text"),
+        [
+            ({"dim": 30, "num_heads": 4}, "dim=30.*num_heads=4"),
+            ({"dim": 32, "num_heads": 0}, "num_heads=0"),
+            ({"dim": 32, "num_heads": 4, "grid_size": (0, 4)}, "sides of at least 1"),
+            ({"dim": 32, "num_heads": 4, "backend": "fast"}, "unknown backend 'fast'"),
+            ({"dim": 32, "num_heads": 4, "attn_drop": 1.5}, "dropout"),
+        ],
+    )
+    def test_bad_arguments(self, arguments, text):
+        with pytest.raises(ValueError, match=text):
+            ck.GPSA(**arguments)
+
+    def test_symbolic_trace_keeps_the_attention_as_one_call(self):
+        layer = perturbed(ck.GPSA(32, 4))
+        traced = torch.fx.symbolic_trace(layer)
+        x = torch.randn(2, 16, 32)
+        assert "gpsa_attention" in {getattr(node.target, "__name__", "") for node in traced.graph.nodes}
+        assert torch.equal(traced(x), layer(x))
+
+    def test_deepcopy_and_repr(self):
+        layer = ck.GPSA(32, 4, grid_size=(2, 8))
+        assert torch.equal(copy.deepcopy(layer)(torch.ones(1, 16, 32)), layer(torch.ones(1, 16, 32)))
+        assert "num_heads=4, grid_size=(2, 8)" in repr(layer)
+
+    def test_data_parallel_sees_every_parameter_used(self):
+        layer = ck.GPSA(32, 4, qkv_bias=True)
+        layer(torch.randn(1, 16, 32)).sum().backward()
+        assert all(parameter.grad is not None for parameter in layer.parameters())
