@@ -15,9 +15,11 @@ def _positional_values(v: Tensor, row_table: Tensor, col_table: Tensor) -> Tenso
     """(B, H, N, D) -> (B, H, N, D): the positional attention applied to v, first along x, then along y."""
     batch, heads, tokens, head_dim = v.shape
     height, width = row_table.shape[-1], col_table.shape[-1]
-    mixed = col_table[:, None] @ v.reshape(batch, heads, height, width, head_dim)
-    mixed = row_table @ mixed.reshape(batch, heads, height, width * head_dim)
-    return mixed.reshape(batch, heads, tokens, head_dim)
+    # The axis that is mixed stands first, so that each is one product for an image and head.
+    by_column = v.reshape(batch, heads, height, width, head_dim).transpose(2, 3).flatten(3)
+    mixed = (col_table @ by_column).reshape(batch, heads, width, height, head_dim)
+    by_row = mixed.transpose(2, 3).flatten(3)
+    return (row_table @ by_row).reshape(batch, heads, tokens, head_dim)
 
 
 def attention(
@@ -36,4 +38,5 @@ def attention(
     g = torch.sigmoid(gate.to(row_table.dtype))[:, None, None]
     content = F.scaled_dot_product_attention(q, k, v, scale=scale)
     position = _positional_values(v, (g * row_table).to(v.dtype), col_table.to(v.dtype))
-    return torch.addcmul(position, content, (1 - g).to(v.dtype))
+    # the content's memory layout is the one the output projection reads: the sum keeps it
+    return (content * (1 - g).to(v.dtype)).add_(position)
