@@ -11,14 +11,20 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SOURCES := setup.py convit_kernels/schemas.py $(wildcard csrc/*)
 
-.PHONY: demo test bench lint abi clean
+.PHONY: demo test kernels bench lint abi clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
 	$(BIN)/python -m convit_kernels demo $(ARGS)
 
+# Triton's interpreter is a matter of the whole process, so its tests have one of their own.
 test: $(VENV)/built
 	$(BIN)/python -m pytest tests $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted $(ARGS)
+
+# Registers, shared memory and instructions of the Triton kernels on GPUs that need not be here.
+kernels: $(VENV)/built
+	$(BIN)/python -m convit_kernels.triton.budget $(ARGS)
 
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)

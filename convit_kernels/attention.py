@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import composite, reference
+from .backends import composite, reference, triton
 from .grid import GridSize, resolve_grid
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -20,22 +20,22 @@ class Backend(NamedTuple):
     reason: str
 
 
-def _always(device: torch.device | None) -> str:
+def _always(q: Tensor | None = None) -> str:
     return ""
 
 
-def _planned(device: torch.device | None) -> str:
+def _planned(q: Tensor | None = None) -> str:
     return "this version has no such kernel yet"
 
 
 class _Entry(NamedTuple):
     attention: Callable[..., Tensor] | None
-    why_not: Callable[[torch.device | None], str]  # "" when it can run (on that device, or anywhere for None)
+    why_not: Callable[[Tensor | None], str]  # "" when it can run: on that query tensor, or at all for None
 
 
 # fastest first: backend=None takes the first that can run
 _BACKENDS: dict[str, _Entry] = {
-    "triton": _Entry(None, _planned),
+    "triton": _Entry(triton.attention, triton.why_not),
     "cpu": _Entry(None, _planned),
     "composite": _Entry(composite.attention, _always),
     "reference": _Entry(reference.attention, _always),
@@ -58,12 +58,12 @@ def check_backend(name: str | None) -> None:
         raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
 
 
-def _choose(name: str | None, device: torch.device) -> str:
+def _choose(name: str | None, q: Tensor) -> str:
     check_backend(name)
     if name is None:
-        return next(key for key, entry in _BACKENDS.items() if not entry.why_not(device))
-    if reason := _BACKENDS[name].why_not(device):
-        raise RuntimeError(f"backend {name!r} cannot run on {device}: {reason}")
+        return next(key for key, entry in _BACKENDS.items() if not entry.why_not(q))
+    if reason := _BACKENDS[name].why_not(q):
+        raise RuntimeError(f"backend {name!r} cannot run on this input: {reason}")
     return name
 
 
@@ -130,7 +130,7 @@ def gpsa_attention(
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), but is {dropout_p}")
     grid = resolve_grid(grid_size, q.shape[2])
-    name = _choose(backend, q.device)
+    name = _choose(backend, q)
     if dropout_p > 0 and name == "composite":
         name = "reference"
     attention = _BACKENDS[name].attention

@@ -1,9 +1,13 @@
 """The package's torch.library ops: schemas, fallback kernels, fake kernels and autograd formulas.
 
 The native libraries register kernels for the CPU and CUDA dispatch keys against the same schemas; where there is none,
-torch's dispatcher finds the fallback in plain PyTorch.
+torch's dispatcher finds the tables' fallback in plain PyTorch. The attention's CUDA kernels are written in Triton,
+which is imported at their first call.
 """
 
+import importlib
+import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,11 +24,28 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+for _name in ("relative_position_tables", "relative_position_tables_backward", "dense_position_table"):
     _library.impl(_name, getattr(eager_tables, _name), "CompositeExplicitAutograd")
+
+
+def _in_triton(name: str) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
+        return getattr(importlib.import_module(".triton.attention", __package__), name)(*args)
+
+    return kernel
+
+
+for _name in ("gated_attention", "gated_attention_backward"):
+    _library.impl(_name, _in_triton(_name), "CUDA")
+    if os.environ.get("TRITON_INTERPRET") == "1":  # then the same kernels run on CPU tensors
+        _library.impl(_name, _in_triton(_name), "CPU")
 
 relative_position_tables = torch.ops.convit_kernels.relative_position_tables.default
 relative_position_tables_backward = torch.ops.convit_kernels.relative_position_tables_backward.default
 dense_position_table = torch.ops.convit_kernels.dense_position_table.default
+gated_attention = torch.ops.convit_kernels.gated_attention.default
+gated_attention_backward = torch.ops.convit_kernels.gated_attention_backward.default
 
 
 def _tables_fake(pos_weight: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -42,10 +63,30 @@ def _dense_fake(pos_weight: Tensor, height: int, width: int, dtype: torch.dtype)
     return pos_weight.new_empty(pos_weight.shape[0], tokens, columns, dtype=dtype)
 
 
+def _heads_last(q: Tensor) -> Tensor:
+    """An empty tensor of q's shape, laid out as the output projection reads it: (B, N, H, D) in memory."""
+    batch, heads, tokens, head_dim = q.shape
+    return q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+
+
+def _attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    need_lse = rest[-1]
+    return _heads_last(q), q.new_empty(q.shape[:3] if need_lse else 0, dtype=torch.float32)
+
+
+def _attention_backward_fake(d_out: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    pos_weight, gate = rest[4:6]
+    return *(_heads_last(q) for _ in range(3)), torch.empty_like(pos_weight), torch.empty_like(gate)
+
+
 for _name, _fake in (
     ("relative_position_tables", _tables_fake),
     ("relative_position_tables_backward", _tables_backward_fake),
     ("dense_position_table", _dense_fake),
+    ("gated_attention", _attention_fake),
+    ("gated_attention_backward", _attention_backward_fake),
 ):
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
 
@@ -87,4 +128,22 @@ def _dense_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
 
 torch.library.register_autograd(
     f"{NAMESPACE}::dense_position_table", _dense_vjp, setup_context=_save_weight, lib=_library
+)
+
+
+def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, pos_weight, gate, *ctx.settings, philox, _ = inputs
+    ctx.has_philox = philox is not None
+    saved = (q, k, v, *output, pos_weight, gate)
+    ctx.save_for_backward(*saved, philox) if ctx.has_philox else ctx.save_for_backward(*saved)
+
+
+def _attention_vjp(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    philox = saved[7] if ctx.has_philox else None
+    return *gated_attention_backward(d_out, *saved[:7], *ctx.settings, philox), *(None,) * 6
+
+
+torch.library.register_autograd(
+    f"{NAMESPACE}::gated_attention", _attention_vjp, setup_context=_save_attention, lib=_library
 )

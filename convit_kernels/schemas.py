@@ -11,6 +11,18 @@ SCHEMAS = {
     ),
     # pos_weight (heads, 3) -> (heads, N, N rounded up to 16) in float32, float16 or bfloat16, N = height * width
     "dense_position_table": "(Tensor pos_weight, int height, int width, ScalarType dtype) -> Tensor",
+    # q, k, v (B, H, N, D), pos_weight (H, 3) and gate (H,) in float32, philox (2,) int64: the dropout's seed and offset
+    # -> out (B, H, N, D), the content's log-sum-exp (B, H, N) in float32, empty unless need_lse
+    "gated_attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor pos_weight, Tensor gate, int height, int width, float scale, "
+        "float dropout_p, Tensor? philox, bool need_lse) -> (Tensor, Tensor)"
+    ),
+    # -> the gradients of q, k, v, pos_weight and gate
+    "gated_attention_backward": (
+        "(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor pos_weight, Tensor gate, "
+        "int height, int width, float scale, float dropout_p, Tensor? philox) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
 }
 
 # Compiled into the native libraries; one that carries another fingerprint was built for other schemas.

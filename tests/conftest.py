@@ -1,9 +1,13 @@
 """What every test runs under."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Triton's interpreter is chosen for a whole process: those tests have one of their own.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,50 @@
+"""The fused Triton kernels on GPUs: one pass over K and V for content and position, and a backward of its own."""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+MAX_HEAD_DIM = 256
+MAX_TOKENS = 65_536
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def why_not(q: Tensor | None = None) -> str:
+    """Why the kernels cannot run here, or on this query tensor; "" when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not torch.cuda.is_available() and not interpreted:
+        return "torch sees no GPU"
+    if q is None:
+        return ""
+    if q.device.type != "cuda" and not interpreted:
+        return f"the tensors are on {q.device}, not on a GPU"
+    if q.dtype not in DTYPES:
+        return f"the kernels take float16, bfloat16 and float32, not {q.dtype}"
+    if q.shape[3] > MAX_HEAD_DIM:
+        return f"head_dim is at most {MAX_HEAD_DIM}, not {q.shape[3]}"
+    if q.shape[2] > MAX_TOKENS:
+        return f"a grid has at most {MAX_TOKENS} tokens, not {q.shape[2]}"
+    return ""
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_weight: Tensor,
+    gate: Tensor,
+    grid: tuple[int, int],
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    # seed and offset of the mask, drawn on the device: nothing waits for the host, also within a CUDA graph
+    philox = torch.randint(0, 1 << 31, (2,), device=q.device) if dropout_p > 0 else None
+    needs_lse = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, pos_weight, gate))
+    out, _ = ops.gated_attention(q, k, v, pos_weight.float(), gate.float(), *grid, scale, dropout_p, philox, needs_lse)
+    return out  # type: ignore[no-any-return]

@@ -1,0 +1,126 @@
+"""The ops `gated_attention` and `gated_attention_backward` on a GPU: chooses the regime, makes the tables, launches."""
+
+import contextlib
+import functools
+
+import torch
+from torch import Tensor
+
+from .backward import backward
+from .common import padded
+from .forward import forward
+
+# The part of the L2 cache that the dense table may take: beyond it the factors are read instead.
+DENSE_SHARE = 0.5
+# of the interpreter, which has no cache: small enough for tests to reach both regimes
+INTERPRETED_L2 = 1 << 20
+
+
+@functools.lru_cache
+def _l2_bytes(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).L2_cache_size)
+
+
+def is_dense(q: Tensor) -> bool:
+    """Whether the dense table of all heads, in q's dtype, fits the L2 cache of q's device."""
+    _, heads, tokens, _ = q.shape
+    size = heads * tokens * padded(tokens) * q.element_size()
+    return size <= DENSE_SHARE * (_l2_bytes(q.device.index) if q.is_cuda else INTERPRETED_L2)
+
+
+def _tables(
+    q: Tensor, pos_weight: Tensor, height: int, width: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The dense table, or both factors; the others are None."""
+    ops = torch.ops.convit_kernels
+    if is_dense(q):
+        return ops.dense_position_table(pos_weight, height, width, q.dtype), None, None
+    return None, *ops.relative_position_tables(pos_weight, height, width)
+
+
+def _unit_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _on(q: Tensor) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()
+
+
+def gated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_weight: Tensor,
+    gate: Tensor,
+    height: int,
+    width: int,
+    scale: float,
+    dropout_p: float,
+    philox: Tensor | None,
+    need_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    if q.numel() == 0:
+        batch, heads, tokens, head_dim = q.shape
+        lse = q.new_empty(q.shape[:3] if need_lse else 0, dtype=torch.float32)
+        return q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2), lse
+    q, k, v = (_unit_stride(tensor) for tensor in (q, k, v))
+    with _on(q):
+        table, row_table, col_table = _tables(q, pos_weight, height, width)
+        out, saved = forward(
+            q,
+            k,
+            v,
+            gate.contiguous(),
+            (height, width),
+            scale,
+            table=table,
+            row_table=row_table,
+            col_table=col_table,
+            dropout_p=dropout_p,
+            philox=philox,
+            need_lse=need_lse,
+        )
+    return out, q.new_empty(0, dtype=torch.float32) if saved is None else saved
+
+
+def gated_attention_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    pos_weight: Tensor,
+    gate: Tensor,
+    height: int,
+    width: int,
+    scale: float,
+    dropout_p: float,
+    philox: Tensor | None,
+) -> tuple[Tensor, ...]:
+    if q.numel() == 0:
+        empty = [torch.empty_like(out) for _ in range(3)]
+        return *empty, torch.zeros_like(pos_weight), torch.zeros_like(gate)
+    if lse.numel() == 0:
+        raise RuntimeError("the forward pass was told that no gradient is needed: call it with need_lse=True")
+    d_out, q, k, v = (_unit_stride(tensor) for tensor in (d_out, q, k, v))
+    with _on(q):
+        table, row_table, col_table = _tables(q, pos_weight, height, width)
+        dq, dk, dv, d_gate, d_pos_weight = backward(
+            d_out,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            pos_weight.contiguous(),
+            gate.contiguous(),
+            (height, width),
+            scale,
+            table=table,
+            row_table=row_table,
+            col_table=col_table,
+            dropout_p=dropout_p,
+            philox=philox,
+        )
+    return dq, dk, dv, d_pos_weight, d_gate

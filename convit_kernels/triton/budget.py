@@ -1,0 +1,367 @@
+"""The budget of the machine code: what every kernel may use, in a file under version control that tests hold.
+
+Two tables make the file. ``paper`` has the kernels at the paper's size (14 x 14 tokens, head_dim 48, bfloat16, dense
+positions) beside
+a content-only flash attention of the same tile, with the ratio of the issued instructions. ``matrix`` has every
+configuration
+that `configs` can choose, by architecture, dtype, head_dim, regime and pass: it must compile, fit the device and, from
+sm_80 on, spill nothing.
+
+What is held is exact for one version of Triton (the file names it) and an upper limit with `SLACK` for another, whose
+compiler allots registers in its own way. What such numbers say and do not say: `machine_code`.
+
+    python -m convit_kernels.triton.budget              prints the paper's table
+    python -m convit_kernels.triton.budget --check      ... and compares with the file; exit code 1 where it is exceeded
+    python -m convit_kernels.triton.budget --write      rewrites the file
+    --all: the whole matrix too (minutes)      --json: the numbers instead of a table      --jobs N: processes
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import math
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from . import configs
+from .backward import backward
+from .common import padded
+from .content import content_forward
+from .content_backward import content_backward
+from .forward import forward
+from .machine_code import DEVICES, Launch, Loop, Report, compile_launch, read, recorded_launches
+
+FILE = Path("tests/machine_code_budget.json")
+
+# The issued instructions may be at most so many times those of content-only attention. These are the project's targets,
+# not what was found: they stay when the file is rewritten.
+MAX_RATIO = {"forward": 1.20, "backward": 1.30}
+
+# How far another version of Triton than the file's may exceed what the file has.
+SLACK = 1.10
+
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PASSES = ("forward", "backward")
+
+# Images and heads of the tensors that the launchers get: the tiny model's heads and a training batch for one GPU. Only
+# the work that a batch shares depends on it.
+BATCH, HEADS = 128, 4
+# The grid of the paper, and one beyond the dense regime.
+GRIDS: dict[configs.Regime, tuple[int, int]] = {"dense": (14, 14), "factored": (48, 48)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is compiled: a pass, or its yardstick "content_" + pass, on a device for tensors of a kind."""
+
+    device: str
+    pass_name: str
+    dtype: str = "bfloat16"
+    head_dim: int = 48
+    regime: configs.Regime = "dense"
+
+    def __str__(self) -> str:
+        return f"{self.device}/{self.pass_name}/{self.dtype}/{self.head_dim}/{self.regime}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One kernel of a case: its launch configuration, how many programs run, and what its machine code says."""
+
+    tile: tuple[int, int]
+    programs: int
+    report: Report
+    tensor_bytes: int  # of the tensors that it reads and writes, each once
+
+    @property
+    def warp_instructions(self) -> int:
+        """Of the whole launch."""
+        return (self.report.issued or 0) * self.report.warps * self.programs
+
+
+def launches(case: Case) -> list[Launch]:
+    """The launches of a case, recorded from the launcher, with the strides that the linear layers' outputs have."""
+    dtype, (height, width) = DTYPES[case.dtype], GRIDS[case.regime]
+    tokens = height * width
+    qk = torch.empty(BATCH, tokens, 2, HEADS, case.head_dim, dtype=dtype)
+    q, k = qk.permute(2, 0, 3, 1, 4)
+    v, d_out = (torch.empty(BATCH, tokens, HEADS, case.head_dim, dtype=dtype).transpose(1, 2) for _ in range(2))
+    gate, pos_weight, scale = torch.empty(HEADS), torch.empty(HEADS, 3), case.head_dim**-0.5
+    lse = torch.empty(BATCH, HEADS, tokens)
+    factors: dict[str, Any] = {
+        "row_table": torch.empty(HEADS, height, height),
+        "col_table": torch.empty(HEADS, width, width),
+    }
+    table: dict[str, Any] = (
+        {"table": torch.empty(HEADS, tokens, padded(tokens), dtype=dtype)} if case.regime == "dense" else {}
+    )
+
+    def config(pass_name: str) -> configs.Config:
+        return configs.lookup(pass_name, dtype=dtype, head_dim=case.head_dim, regime=case.regime)
+
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
+    try:
+        with recorded_launches(case.device) as found:
+            if case.pass_name == "forward":
+                forward(q, k, v, gate, (height, width), scale, need_lse=True, **(table or factors))
+            elif case.pass_name == "backward":
+                backward(d_out, q, k, v, d_out, lse, pos_weight, gate, (height, width), scale, **(table or factors))
+            elif case.pass_name == "content_forward":
+                content_forward(q, k, v, scale, config("forward"), need_lse=True)
+            elif case.pass_name == "content_backward":
+                pair = config("backward_q"), config("backward_kv")
+                content_backward(d_out, q, k, v, d_out, lse, scale, configs=pair)
+            else:
+                raise ValueError(f"unknown pass {case.pass_name!r}")
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    return found
+
+
+def trips(launch: Launch) -> Callable[[Loop], int]:
+    """How often each loop of a launch's kernel runs."""
+    values = launch.arguments
+    if launch.name == "backward_position_kernel":
+        blocks = triton.cdiv(values["span"], values["BLOCK_N"])
+        # the small loops run in one of several programs (over images) or once (over a factor of up to 16 columns)
+        return lambda loop: blocks if loop.outer else values["group"] if loop.matrix else 1
+    if launch.name == "backward_reduce_kernel":
+        return lambda loop: triton.cdiv(values["size"], values["BLOCK"])
+    # where a kernel treats the ragged tile apart, it stands beside the loop
+    walked = values.get("BLOCK_M" if "_kv_" in launch.name else "BLOCK_N", 1)
+    apart = "RAGGED" in values or "TAIL" in values
+    return lambda loop: values["num_tokens"] // walked if apart else triton.cdiv(values["num_tokens"], walked)
+
+
+def measure(case: Case, only: str | None = None) -> list[Row]:
+    """Compiles the kernels of a case, or the one named ``only``, and reads their machine code."""
+    rows = []
+    for launch in launches(case):
+        if only not in (None, launch.name):
+            continue
+        values = launch.arguments
+        report = read(compile_launch(launch, case.device), case.device, trips(launch))
+        tensors = {tensor.data_ptr(): tensor for tensor in values.values() if isinstance(tensor, torch.Tensor)}
+        rows.append(
+            Row(
+                tile=(values.get("BLOCK_M", 1), values.get("BLOCK_N", values.get("BLOCK", 1))),
+                programs=math.prod(launch.grid),
+                report=report,
+                tensor_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+            )
+        )
+    return rows
+
+
+def compared(device: str, pass_name: str) -> dict[str, Any]:
+    """One entry of the paper's table: the kernels, and what all of them issue relative to content alone."""
+    rows, content = (measure(Case(device, name)) for name in (pass_name, f"content_{pass_name}"))
+    issued, yardstick = (sum(row.warp_instructions for row in found) / (BATCH * HEADS) for found in (rows, content))
+    counted = DEVICES[device].backend == "cuda"
+    return {
+        "kernels": [
+            {
+                "kernel": row.report.kernel,
+                "tile": list(row.tile),
+                "warps": row.report.warps,
+                "stages": row.report.stages,
+                "registers": row.report.registers,
+                "spill_bytes": row.report.spill_bytes,
+                "shared": row.report.shared,
+                "occupancy": row.report.occupancy,
+                "issued": row.report.instructions,
+                "macs": row.report.macs,
+            }
+            for row in rows
+        ],
+        "warp_instructions_per_head_and_image": round(issued) if counted else None,
+        "content_only": round(yardstick) if counted else None,
+        "ratio": round(issued / yardstick, 3) if counted else None,
+    }
+
+
+def used(case: Case) -> dict[str, list[int]]:
+    """One entry of the matrix: kernel -> registers, spilled bytes, shared memory, warps an SM (0 where it cannot be
+    launched).
+    """
+    reports = [row.report for row in measure(case)]
+    return {
+        report.kernel: [report.registers, report.spill_bytes, report.shared, report.occupancy if report.fits else 0]
+        for report in reports
+    }
+
+
+def paper_cases(devices: Iterable[str] = tuple(DEVICES)) -> list[Case]:
+    return [Case(device, pass_name) for device in devices for pass_name in PASSES]
+
+
+def matrix_cases(devices: Iterable[str] = tuple(DEVICES)) -> list[Case]:
+    """Every configuration that the tables can choose."""
+    return [
+        Case(device, pass_name, dtype, head_dim, regime)
+        for device in devices
+        for pass_name in PASSES
+        for dtype in DTYPES
+        for head_dim in configs.HEAD_DIM_BUCKETS
+        for regime in GRIDS
+    ]
+
+
+def over_target(found: dict[str, Any]) -> dict[str, float]:
+    """Device and pass -> ratio of the issued instructions, where it is above `MAX_RATIO`."""
+    ratios = {name: entry["ratio"] for name, entry in found["paper"].items() if entry["ratio"] is not None}
+    return {name: ratio for name, ratio in ratios.items() if ratio > MAX_RATIO[name.split("/")[1]]}
+
+
+def problems(found: dict[str, Any], kept: dict[str, Any]) -> list[str]:
+    """Where ``found`` (as `collect` made it) exceeds the file's content ``kept``; for the targets see `over_target`."""
+    slack = 1.0 if found["triton"] == kept["triton"] else SLACK
+    complaints = []
+
+    def limit(where: str, what: str, value: float, allowed: float) -> None:
+        if value > allowed:
+            complaints.append(f"{where}: {what} {value}, at most {allowed:g} allowed")
+
+    for name, entry in found["paper"].items():
+        cuda = DEVICES[name.split("/")[0]].backend == "cuda"
+        before = kept["paper"].get(name)
+        if before is None:
+            complaints.append(f"{name}: not in the file")
+            continue
+        if cuda:
+            what = "warp_instructions_per_head_and_image"
+            limit(name, "warp instructions", entry[what], before[what] * slack)
+        for kernel, was in zip(entry["kernels"], before["kernels"], strict=True):
+            where = f"{name}/{kernel['kernel']}"
+            limit(where, "registers", kernel["registers"], was["registers"] * slack)
+            limit(where, "shared memory", kernel["shared"], was["shared"] * slack)
+            limit(where, "spilled bytes", kernel["spill_bytes"], 0 if cuda else was["spill_bytes"] * slack)
+            if kernel["occupancy"] < was["occupancy"] / slack:
+                complaints.append(f"{where}: {kernel['occupancy']} warps an SM, {was['occupancy']} before")
+    for name, kernels in found["matrix"].items():
+        cuda = DEVICES[name.split("/")[0]].backend == "cuda"
+        for kernel, (registers, spill_bytes, shared, warps) in kernels.items():
+            where = f"{name}/{kernel}"
+            was = kept["matrix"].get(name, {}).get(kernel)
+            if was is None:
+                complaints.append(f"{where}: not in the file")
+                continue
+            limit(where, "registers", registers, was[0] * slack)
+            limit(where, "spilled bytes", spill_bytes, 0 if cuda else was[1] * slack)
+            limit(where, "shared memory", shared, was[2] * slack)
+            if not warps:
+                complaints.append(f"{where}: cannot be launched")
+    return complaints
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def _paper_entry(case: Case) -> tuple[str, dict[str, Any]]:
+    return f"{case.device}/{case.pass_name}", compared(case.device, case.pass_name)
+
+
+def _matrix_entry(case: Case) -> tuple[str, dict[str, list[int]]]:
+    return str(case), used(case)
+
+
+def _shown(results: Iterator[Any], total: int, text: str) -> Iterator[Any]:
+    """``results`` with a progress bar on stderr where rich is installed and someone is looking."""
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError:
+        return results
+    return iter(track(results, description=text, total=total, console=Console(stderr=True), transient=True))
+
+
+def collect(paper: Sequence[Case], matrix: Sequence[Case], jobs: int = 1) -> dict[str, Any]:
+    """Measures both tables; the result is what the file holds."""
+    found: dict[str, Any] = {"triton": triton.__version__, "paper": {}, "matrix": {}}
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        for part, cases, entry in (("paper", paper, _paper_entry), ("matrix", matrix, _matrix_entry)):
+            results = map(entry, cases) if jobs == 1 else pool.map(entry, cases)
+            found[part] = dict(_shown(results, len(cases), f"compiling, {part}"))
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """The paper's part in Markdown."""
+    lines = [
+        "| target | pass | kernel | tile | warps | registers | spills | shared KiB | warps/SM "
+        "| issued/warp | ratio to content only |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, entry in found["paper"].items():
+        for index, kernel in enumerate(entry["kernels"]):
+            lines.append(
+                f"| {name.replace('/', ' | ')} | {kernel['kernel']} "
+                f"| {kernel['tile'][0]} x {kernel['tile'][1]} | {kernel['warps']} "
+                f"| {kernel['registers']} | {kernel['spill_bytes'] or 'none'} | {kernel['shared'] / 1024:.0f} "
+                f"| {kernel['occupancy']} | {sum(kernel['issued'].values()) if kernel['issued'] else 'not counted'} "
+                f"| {format(entry['ratio'], '.2f') if entry['ratio'] and not index else ''} |"
+            )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m convit_kernels.triton.budget", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--write", action="store_true", help="rewrite the file")
+    parser.add_argument("--check", action="store_true", help="compare with the file; exit code 1 where it is exceeded")
+    parser.add_argument("--all", action="store_true", help="the whole matrix too, which takes minutes")
+    parser.add_argument(
+        "--devices", nargs="+", choices=tuple(DEVICES), default=list(DEVICES), help="of the paper's table"
+    )
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    parser.add_argument("--jobs", type=int, default=1, help="compile in so many processes")
+    parser.add_argument("--file", type=Path, default=FILE)
+    options = parser.parse_args(arguments)
+
+    found = collect(paper_cases(options.devices), matrix_cases(options.devices) if options.all else [], options.jobs)
+    print(json.dumps(found, indent=1) if options.json else table(found))
+    if options.write:
+        options.file.write_text(_compact(merged(found, options.file)))
+    if options.check:
+        complaints = problems(found, json.loads(options.file.read_text()))
+        print(*complaints, sep="\n", file=sys.stderr)
+        return int(bool(complaints))
+    return 0
+
+
+def merged(found: dict[str, Any], file: Path) -> dict[str, Any]:
+    """``found`` and what the file has beside it, in the order of the cases; what is no case any more goes."""
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    names = {
+        "paper": [f"{case.device}/{case.pass_name}" for case in paper_cases()],
+        "matrix": [str(case) for case in matrix_cases()],
+    }
+    tables = {part: {**kept.get(part, {}), **found[part]} for part in names}
+    return {"triton": found["triton"]} | {
+        part: {name: tables[part][name] for name in names[part] if name in tables[part]} for part in names
+    }
+
+
+def _compact(found: dict[str, Any]) -> str:
+    """JSON with one line for each entry, so that a change of the file can be read."""
+    parts = [f' "triton": {json.dumps(found["triton"])}']
+    for part in ("paper", "matrix"):
+        entries = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in found[part].items())
+        parts.append(f' "{part}": {{\n{entries}\n }}')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

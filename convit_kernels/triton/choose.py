@@ -1,0 +1,186 @@
+"""Chooses launch configurations by compiling candidates and reading their machine code: how the table of `configs` was
+made.
+
+A candidate is out when it spills, does not fit the device or leaves an SM fewer than eight warps, for either dtype that
+shares
+its row of the table. `LADDERS` has the candidates of each pass, the best first; the first that is not out is taken.
+Their order comes
+from the model of time (`price`) at head_dims 16, 48, 128 and 256 on sm_80 and sm_90: more rows a program mean less
+traffic from L2 and
+fewer instructions, until registers run out. Two stages are always taken, for counts cannot tell what overlapping the
+loads is worth.
+All this is a choice among tiles, no prediction of time.
+
+    python -m convit_kernels.triton.choose --devices sm_90                    what the ladders give, with what spills
+    everywhere
+    python -m convit_kernels.triton.choose --devices sm_90 --write            ... into config_table.py
+    python -m convit_kernels.triton.choose --prices forward --devices sm_90 --head-dims 48 64      the ladder's rungs
+    and their prices
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from unittest import mock
+
+from . import budget, config_table, configs, time_model
+from .machine_code import DEVICES
+
+# Rows x columns x warps for 16-bit elements and for float32, whose IEEE products have no tensor cores and hold whole
+# rows in registers.
+LADDERS = {
+    ("forward", 2): "128x32x8 128x64x8 64x32x4 64x32x8 32x32x8 32x32x4 32x16x4 16x16x4 16x16x8",
+    ("forward", 4): "32x32x4 32x16x4 32x16x8 16x16x4 16x16x8",
+    ("backward_q", 2): "128x32x8 64x32x4 64x16x4 64x16x8 32x32x4 16x64x4 32x16x4 16x32x8 16x16x4 16x16x8",
+    ("backward_q", 4): "32x32x4 32x16x4 16x16x4 16x16x8",
+    ("backward_kv", 2): "32x128x8 32x64x4 32x64x8 32x32x4 32x32x8 16x32x4 16x32x8 16x16x4 16x16x8",
+    ("backward_kv", 4): "16x32x4 16x32x8 16x16x4 16x16x8",
+    ("backward_position", 2): "64x64x4 128x64x8 64x32x4 64x64x8 32x32x4 32x32x8 16x32x4",
+    ("backward_position", 4): "32x32x4 32x32x8 16x32x4 16x16x4 16x16x8",
+}
+STAGES = 2
+
+# The dtypes that share a row of the table.
+SHARING = {2: ("bfloat16", "float16"), 4: ("float32", "tf32")}
+
+# Whose specifications price an architecture; the others are priced as an A100.
+MODELS = {"sm_90": time_model.H100, "sm_100": time_model.H100}
+
+
+def ladder(pass_name: str, itemsize: int) -> list[configs.Config]:
+    return [configs.Config(*map(int, f"{text}x{STAGES}".split("x"))) for text in LADDERS[pass_name, itemsize].split()]
+
+
+def written(config: configs.Config) -> str:
+    """As the table has it."""
+    return "x".join(map(str, config))
+
+
+@contextlib.contextmanager
+def _fixed(chosen: dict[str, configs.Config]) -> Iterator[None]:
+    """Within this context `configs.lookup` has these answers, by pass, for every tensor."""
+    count = len(configs.HEAD_DIM_BUCKETS)
+    table = {
+        key: " ".join([written(chosen[key.split("/")[1]])] * count) if key.split("/")[1] in chosen else row
+        for key, row in config_table.TABLE.items()
+    }
+    with mock.patch.object(configs, "TABLE", table):
+        yield
+
+
+def judged(pass_name: str, case: budget.Case, chosen: dict[str, configs.Config]) -> budget.Row | str:
+    """What the machine code of a pass's kernel says with these configurations, or why it is out."""
+    with _fixed(chosen):
+        (row,) = budget.measure(case, only=f"{pass_name}_kernel")
+    if row.report.spills and row.report.spill_bytes:
+        return f"spills {row.report.spill_bytes} bytes"
+    if not row.report.fits:
+        return f"needs {row.report.shared} bytes of shared memory"
+    # a warp of AMD has twice the lanes
+    if row.report.occupancy < (8 if DEVICES[case.device].backend == "cuda" else 4):
+        return f"leaves {row.report.occupancy} warps an SM"
+    return row
+
+
+def price(case: budget.Case, row: budget.Row) -> float:
+    """Model, not measurement: the cubic mean of the units' times, near the slowest unit but with a price on the others,
+    since no
+    run overlaps them wholly, times ``1 + 2 / (warps an SM)`` for the latency that few warps cannot hide."""
+    times = time_model.model(MODELS.get(case.device, time_model.A100), row, case.dtype, checked=False).values()
+    return float(sum(time**3 for time in times) ** (1 / 3) * (1 + 2 / row.report.occupancy))
+
+
+def choose(
+    device: str, regime: configs.Regime, itemsize: int, head_dim: int
+) -> tuple[dict[str, configs.Config], list[str]]:
+    """The configuration of each pass, and a line for each that spills on every rung (its last is then taken)."""
+    chosen: dict[str, configs.Config] = {}
+    failures = []
+    # the queries of backward_kv follow those of backward_q, so the order of the passes matters
+    for pass_name in configs.PASSES:
+        for config in ladder(pass_name, itemsize):
+            chosen[pass_name] = config
+            cases = (
+                budget.Case(device, pass_name.split("_")[0], dtype, head_dim, regime) for dtype in SHARING[itemsize]
+            )
+            reasons = [
+                f"{case}: {found}" for case in cases if isinstance(found := judged(pass_name, case, chosen), str)
+            ]
+            if not reasons:
+                break
+        else:
+            failures += [f"{pass_name} {written(config)} {reason}" for reason in reasons]
+    return chosen, failures
+
+
+def write(rows: dict[str, str]) -> None:
+    """Rewrites config_table.py with these rows changed."""
+    path = Path(config_table.__file__)
+    head = path.read_text().split("TABLE: dict", 1)[0]
+    lines = "".join(f'    "{key}": "{row}",\n' for key, row in {**config_table.TABLE, **rows}.items())
+    path.write_text(f"{head}TABLE: dict[str, str] = {{\n{lines}}}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m convit_kernels.triton.choose", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument(
+        "--devices", choices=tuple(dict.fromkeys(configs.FAMILIES.values())), nargs="+", default=["sm_90"]
+    )
+    parser.add_argument(
+        "--head-dims", type=int, nargs="+", choices=configs.HEAD_DIM_BUCKETS, default=list(configs.HEAD_DIM_BUCKETS)
+    )
+    parser.add_argument("--regimes", choices=tuple(budget.GRIDS), nargs="+", default=list(budget.GRIDS))
+    parser.add_argument(
+        "--sizes", type=int, choices=tuple(SHARING), nargs="+", default=list(SHARING), help="bytes of an element"
+    )
+    parser.add_argument("--prices", choices=configs.PASSES, metavar="PASS", help="only print the rungs of one pass")
+    parser.add_argument("--write", action="store_true", help="rewrite config_table.py")
+    options = parser.parse_args(arguments)
+    table = {key: row.split() for key, row in config_table.TABLE.items()}
+    complaints: list[str] = []
+    for device in options.devices:
+        for regime in options.regimes:
+            for size in options.sizes:
+                for head_dim in options.head_dims:
+                    if options.prices:
+                        case = budget.Case(device, options.prices.split("_")[0], SHARING[size][0], head_dim, regime)
+                        print(case)
+                        for config in ladder(options.prices, size):
+                            found = judged(options.prices, case, {options.prices: config})
+                            text = (
+                                found if isinstance(found, str) else f"{1e6 * price(case, found):8.1f} {found.report}"
+                            )
+                            print(f"  {written(config):12} {text}", flush=True)
+                        continue
+                    chosen, failures = choose(device, regime, size, head_dim)
+                    complaints += failures
+                    for pass_name, config in chosen.items():
+                        row = table[configs.table_key(device, pass_name, regime, size)]
+                        row[configs.HEAD_DIM_BUCKETS.index(head_dim)] = written(config)
+                    print(
+                        device,
+                        regime,
+                        size,
+                        head_dim,
+                        {name: written(config) for name, config in chosen.items()},
+                        flush=True,
+                    )
+                    print(
+                        *(f"  TO MEND: {failure}" for failure in failures),
+                        sep="\n",
+                        end="\n" if failures else "",
+                        flush=True,
+                    )
+                    if options.write:
+                        write({key: " ".join(row) for key, row in table.items()})
+    return int(bool(complaints))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Triton's interpreter, mended, for tests of the kernels on a machine without a GPU. Import it before anything that
+imports triton.
+
+``TRITON_INTERPRET`` must be set when triton itself is imported, since part of the language is written in Triton. Two
+defects of the interpreter (3.8, 3.9) are mended here and not in the kernels: it multiplies bfloat16 matrices as if
+their bits were integers, and it truncates where the hardware rounds to bfloat16 (its own rounding to nearest loses the
+carry into the exponent).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+    raise RuntimeError("triton was imported before the interpreter was chosen: import this module first")
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter as _interpreter
+
+_Builder = _interpreter.InterpreterBuilder
+_Handle = _interpreter.TensorHandle
+_create_dot = _Builder.create_dot
+
+
+def _decode(bits: np.ndarray) -> np.ndarray:
+    """The float32 of bfloat16 bits."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _encode(value: np.ndarray) -> np.ndarray:
+    """The bits of float32 rounded to the nearest bfloat16, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(value, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
+    return np.where(np.isnan(value), np.uint16(0x7FC0), rounded)
+
+
+def _dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+    if a.dtype.scalar == tl.bfloat16:
+        a = _Handle(_decode(a.data), tl.float32)
+        b = _Handle(_decode(b.data), tl.float32)
+    return _create_dot(self, a, b, d, *rest)
+
+
+def _rounding(method: Any) -> Any:
+    def cast(self: Any, src: Any, dst_type: Any, *rest: Any) -> Any:
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == tl.float32 and target == tl.bfloat16:
+            return _Handle(_encode(src.data), target)
+        if source == tl.bfloat16 and target == tl.float32:
+            return _Handle(_decode(src.data), target)
+        return method(self, src, dst_type, *rest)
+
+    return cast
+
+
+_Builder.create_dot = _dot
+for _name in ("cast_impl", "create_fp_to_fp", "create_fp_ext", "create_fp_trunc"):
+    setattr(_Builder, _name, _rounding(getattr(_Builder, _name)))
+
+
+def load_kernels(folder: Path, name: str) -> types.SimpleNamespace:
+    """Import every module of a folder of kernels (a copy of convit_kernels/triton, say) as a package of its own called
+    ``name``.
+
+    Nothing in the folder's ``__init__`` runs, so no operator is registered twice.
+    """
+    package = types.ModuleType(name)
+    package.__path__ = [str(folder)]
+    sys.modules[name] = package
+    modules = {
+        path.stem: None
+        for path in sorted(folder.glob("*.py"))
+        if path.stem in ("common", "forward", "backward", "content", "content_backward")
+    }
+    return types.SimpleNamespace(**{stem: importlib.import_module(f"{name}.{stem}") for stem in modules})

@@ -1,0 +1,107 @@
+"""The Triton kernels as users reach them: through gpsa_attention, the op and the layer, in the interpreter."""
+
+import pytest
+import torch
+from equivalence import Inputs, assert_as_exact, eager_attention, make_inputs, with_gradients
+
+import convit_kernels as ck
+from convit_kernels import ops
+from convit_kernels.triton.attention import is_dense
+
+
+def attend(inputs: Inputs, grid, **options) -> torch.Tensor:
+    return ck.gpsa_attention(*inputs[:5], grid_size=grid, backend="triton", **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("grid", [(1, 7), (5, 6)])
+def test_output_and_every_gradient(grid, dtype):
+    inputs = make_inputs(2, 3, grid, 24, dtype)
+    # positions stay float32, as under autocast
+    inputs = inputs._replace(pos_weight=inputs.pos_weight.float(), gate=inputs.gate.float())
+    exact = with_gradients(lambda i: eager_attention(i, grid, 24**-0.5), inputs.to(torch.float64))
+    eager = with_gradients(lambda i: eager_attention(i, grid, 24**-0.5), inputs.to(dtype))
+    assert_as_exact(with_gradients(lambda i: attend(i, grid), inputs), eager, exact, rounds=4.0)
+
+
+def test_both_regimes_behind_one_op():
+    small, large = make_inputs(1, 1, (3, 5), 16), make_inputs(1, 1, (20, 20), 16)
+    assert is_dense(small.q)
+    assert not is_dense(large.q)
+    torch.testing.assert_close(
+        attend(large, (20, 20)), ck.gpsa_attention(*large[:5], backend="reference"), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_opcheck():
+    inputs = make_inputs(2, 2, (3, 5), 16)
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs[:5]]
+    torch.library.opcheck(ops.gated_attention, (*leaves, 3, 5, 0.25, 0.0, None, True))
+    philox = torch.tensor([5, 7])
+    torch.library.opcheck(ops.gated_attention, (*leaves, 3, 5, 0.25, 0.3, philox, True))
+    out, lse = ops.gated_attention(*inputs[:5], 3, 5, 0.25, 0.0, None, True)
+    arguments = (inputs.grad, *inputs[:3], out, lse, *inputs[3:5], 3, 5, 0.25, 0.0, None)
+    torch.library.opcheck(ops.gated_attention_backward, arguments)
+
+
+def test_compiles_into_one_graph():
+    inputs = make_inputs(1, 2, (3, 5), 16)
+    compiled = torch.compile(lambda i: attend(i, (3, 5)), fullgraph=True, backend="aot_eager")
+    for mine, truth in zip(
+        with_gradients(compiled, inputs), with_gradients(lambda i: attend(i, (3, 5)), inputs), strict=True
+    ):
+        torch.testing.assert_close(mine, truth)
+
+
+def test_ten_runs_give_the_same_bits():
+    inputs = make_inputs(2, 2, (3, 5), 16)
+    first = with_gradients(lambda i: attend(i, (3, 5)), inputs)
+    for _ in range(9):
+        again = with_gradients(lambda i: attend(i, (3, 5)), inputs)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_an_empty_batch_and_a_spread_gradient():
+    inputs = make_inputs(0, 2, (3, 4), 16)
+    out, *_, d_weight, d_gate = with_gradients(lambda i: attend(i, (3, 4)), inputs)
+    assert out.shape == (0, 2, 12, 16)
+    assert torch.equal(d_weight, torch.zeros(2, 3))
+    assert torch.equal(d_gate, torch.zeros(2))
+    q = make_inputs(1, 2, (3, 4), 16).q.requires_grad_()
+    attend(make_inputs(1, 2, (3, 4), 16)._replace(q=q), (3, 4)).sum().backward()  # its gradient has stride 0
+    assert torch.isfinite(q.grad).all()
+
+
+def test_dropout_follows_torch_s_generator():
+    inputs = make_inputs(1, 2, (3, 4), 16)
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(with_gradients(lambda i: attend(i, (3, 4), dropout_p=0.4), inputs))
+    assert all(torch.equal(a, b) for a, b in zip(draws[0], draws[1], strict=True))
+    assert not torch.equal(draws[0][0], draws[2][0])
+
+
+def test_the_layer_uses_it():
+    layer = ck.GPSA(32, 2, grid_size=(3, 4), backend="triton")
+    x = torch.randn(2, 12, 32)
+    expected = layer(x)
+    layer.backend = "reference"
+    torch.testing.assert_close(expected, layer(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "text"),
+    [
+        ((1, 1, 4, 300), torch.float32, "head_dim is at most 256, not 300"),
+        ((1, 1, 4, 8), torch.float64, "not torch.float64"),
+        ((1, 1, 257 * 257, 1), torch.float32, "at most 65536 tokens"),
+    ],
+)
+def test_what_it_cannot_take_says_so_and_auto_goes_elsewhere(shape, dtype, text):
+    q = torch.randn(shape, dtype=dtype)
+    weights = torch.randn(1, 3, dtype=dtype), torch.randn(1, dtype=dtype)
+    with pytest.raises(RuntimeError, match=text):
+        ck.gpsa_attention(q, q, q, *weights, backend="triton")
+    if shape[2] < 100:
+        assert torch.isfinite(ck.gpsa_attention(q, q, q, *weights)).all()

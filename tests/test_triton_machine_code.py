@@ -1,0 +1,379 @@
+"""Reading the machine code, the budget that it must keep, the launch configurations and the model of time.
+
+Nothing here compiles in the test's own process: it may run under TRITON_INTERPRET=1, where kernels are no compiled
+code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from convit_kernels.triton import budget, configs, machine_code, time_model
+from convit_kernels.triton.machine_code import Block, Loop, issued
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGET = ROOT / budget.FILE
+
+
+def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, check=False, cwd=ROOT, env={**environment, **variables}, capture_output=True, text=True
+    )
+
+
+# ---- counting --------------------------------------------------------------------------------------------------------
+
+
+def count(blocks: list[Block], trips: int | list[int]) -> Counter[str]:
+    return issued(blocks, lambda loop: trips if isinstance(trips, int) else trips[loop.index])
+
+
+def test_a_loop_that_tests_at_its_end_runs_its_body_trips_times() -> None:
+    blocks = [Block(["A"], [1]), Block(["B", "B"], [2]), Block(["C"], [1, 3]), Block(["D"], [])]
+    assert count(blocks, 7) == Counter(A=1, B=14, C=7, D=1)
+
+
+def test_a_loop_that_tests_at_its_start_runs_the_test_once_more() -> None:
+    blocks = [Block(["A"], [1]), Block(["T"], [2, 3]), Block(["B", "B"], [1]), Block(["D"], [])]
+    assert count(blocks, 7) == Counter(A=1, T=8, B=14, D=1)
+
+
+def test_a_loop_that_leaves_in_its_last_block_but_one() -> None:
+    blocks = [Block(["A"], [1]), Block(["B"] * 9, [2, 3]), Block(["J"], [1]), Block(["D"], [])]
+    assert count(blocks, 7) == Counter(A=1, B=63, J=6, D=1)
+
+
+def test_nested_loops_multiply_and_the_caller_tells_them_apart() -> None:
+    blocks = [
+        Block(["A"], [1]),
+        Block(["B"], [2]),
+        Block(["HMMA.16816.F32"], [2, 3]),
+        Block(["C"], [1, 4]),
+        Block(["E"], [4, 5]),
+        Block(["D"], []),
+    ]
+    seen: list[Loop] = []
+
+    def trips(loop: Loop) -> int:
+        seen.append(loop)
+        return [3, 5, 11][loop.index]
+
+    assert issued(blocks, trips) == Counter({"A": 1, "B": 3, "HMMA.16816.F32": 15, "C": 3, "E": 11, "D": 1})
+    assert seen == [
+        Loop(0, outer=True, matrix=True),
+        Loop(1, outer=False, matrix=True),
+        Loop(2, outer=False, matrix=False),
+    ]
+
+
+def test_of_exclusive_branches_the_longer_counts() -> None:
+    blocks = [Block(["A"], [1, 2]), Block(["B"] * 3, [3]), Block(["C"] * 5, [3]), Block(["D"], [])]
+    assert count(blocks, 1) == Counter(A=1, C=5, D=1)
+
+
+def test_a_loop_behind_a_branch_counts_with_its_trips() -> None:
+    # six instructions at once, or two that run four times
+    blocks = [Block(["A"], [1, 2]), Block(["B"] * 6, [3]), Block(["C"] * 2, [2, 3]), Block(["D"], [])]
+    assert count(blocks, 4) == Counter(A=1, C=8, D=1)
+    assert count(blocks, 2) == Counter(A=1, B=6, D=1)
+
+
+def test_waiting_succeeds_at_the_first_try() -> None:
+    blocks = [
+        Block(["A", "SYNCS.PHASECHK.TRANS64.TRYWAIT"], [3, 1]),
+        Block(["B"], [2]),
+        Block(["EXIT"], []),
+        Block(["SYNCS.PHASECHK.TRANS64.TRYWAIT"], [3, 4]),
+        Block(["BRA"], [1]),
+    ]
+    assert count(blocks, 1000) == Counter({"A": 1, "SYNCS.PHASECHK.TRANS64.TRYWAIT": 1, "B": 1, "EXIT": 1})
+
+
+def test_a_loop_with_two_entries_is_refused() -> None:
+    blocks = [Block(["A"], [1, 2]), Block(["B"], [2]), Block(["C"], [1, 3]), Block(["D"], [])]
+    with pytest.raises(ValueError, match="irreducible"):
+        count(blocks, 2)
+
+
+SASS = """
+	.section	.text.kernel,"ax",@progbits
+        .global         kernel
+kernel:
+.text.kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 BRA `(.L_x_2) ;
+.L_x_0:
+        /*0020*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0030*/               @P1 FADD R2, R2, R3 ;
+        /*0040*/                   BRA.U UP0, `(.L_x_0) ;
+        /*0050*/               @P3 CALL.REL.NOINC `(.L_x_2) ;
+        /*0060*/                   MUFU.EX2 R4, R4 ;
+.L_x_2:
+        /*0070*/               @P1 EXIT ;
+        /*0080*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0090*/                   EXIT ;
+.L_x_3:
+        /*00a0*/                   BRA `(.L_x_3);
+.L_x_4:
+"""
+
+
+def test_nvidia_disassembly_becomes_blocks() -> None:
+    blocks = machine_code.nvidia_blocks(SASS, "kernel")
+    found = count(blocks, 5)
+    assert found["HMMA.16816.F32.BF16"] == 5 and found["FADD"] == 5 and found["BRA.U"] == 5
+    assert found["MUFU.EX2"] == 1 and found["STG.E.128"] == 1 and found["EXIT"] == 2
+    assert machine_code.macs_per_warp(found) == 5 * 16 * 8 * 16
+    assert machine_code.requested_bytes(found) == 32 * 16
+    assert machine_code.mix(found) == {"matrix": 5, "special": 1, "memory": 1, "float": 5, "rest": 10}
+    with pytest.raises(ValueError, match="no code of other"):
+        machine_code.nvidia_blocks(SASS, "other")
+
+
+@pytest.mark.parametrize(
+    ("device", "warps", "registers", "shared", "expected"),
+    [
+        ("sm_80", 4, 128, 0, 16),  # a quarter of the registers for each scheduler: 4 warps of 128
+        ("sm_80", 4, 32, 0, 64),
+        ("sm_80", 4, 24, 48 * 1024, 12),  # three blocks of 48 + 1 KiB in 164
+        ("sm_80", 4, 255, 0, 8),
+        ("sm_90", 8, 168, 0, 8),
+        ("sm_90", 8, 128, 100 * 1024, 16),
+        ("sm_86", 1, 16, 0, 16),  # the limit on blocks
+        ("sm_90", 4, 64, 300 * 1024, 0),
+        ("gfx942", 4, 128, 0, 16),
+        ("gfx942", 4, 64, 20 * 1024, 12),
+    ],
+)
+def test_occupancy(device: str, warps: int, registers: int, shared: int, expected: int) -> None:
+    assert machine_code.occupancy(device, warps=warps, registers=registers, shared=shared) == expected
+
+
+def test_interpreted_kernels_are_refused() -> None:
+    code = "from convit_kernels.triton import budget; budget.launches(budget.Case('sm_90', 'forward'))"
+    result = python("-c", code, TRITON_INTERPRET="1")
+    assert result.returncode != 0 and "TRITON_INTERPRET" in result.stderr
+
+
+# ---- the budget ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, Any]:
+    """The paper's kernels on the two architectures that the data centres have, compiled now."""
+    result = python("-m", "convit_kernels.triton.budget", "--devices", "sm_80", "sm_90", "--json")
+    assert result.returncode == 0, result.stderr
+    return dict(json.loads(result.stdout))
+
+
+@pytest.fixture(scope="module")
+def kept() -> dict[str, Any]:
+    return dict(json.loads(BUDGET.read_text()))
+
+
+def test_the_kernels_keep_the_budget(measured: dict[str, Any], kept: dict[str, Any]) -> None:
+    assert budget.problems(measured, kept) == []
+
+
+def test_the_forward_issues_at_most_a_fifth_more_than_content_alone(measured: dict[str, Any]) -> None:
+    assert [name for name in budget.over_target(measured) if name.endswith("/forward")] == []
+
+
+@pytest.mark.xfail(strict=True, reason="1.33 to 1.37 times content alone where 1.30 is the target")
+def test_the_backward_issues_at_most_three_tenths_more_than_content_alone(measured: dict[str, Any]) -> None:
+    assert [name for name in budget.over_target(measured) if name.endswith("/backward")] == []
+
+
+def test_the_counted_products_are_those_of_the_tile(measured: dict[str, Any]) -> None:
+    """Trip counts and paths are right only if the matrix products are what the tile's arithmetic asks for."""
+    for device in ("sm_80", "sm_90"):
+        (kernel,) = measured["paper"][f"{device}/forward"]["kernels"]
+        rows, columns = kernel["tile"]
+        tokens, left = divmod(196, columns)
+        last = max(16, 1 << (left - 1).bit_length()) if left else 0
+        products = 3  # q k^T, content v, position v
+        assert kernel["macs"] * kernel["warps"] == products * rows * (tokens * columns + last) * 48
+
+
+def test_the_file_has_every_device_and_no_kernel_in_it_spills_or_cannot_be_launched(kept: dict[str, Any]) -> None:
+    assert set(kept["paper"]) == {f"{case.device}/{case.pass_name}" for case in budget.paper_cases()}
+    for name, entry in kept["paper"].items():
+        device = machine_code.DEVICES[name.split("/")[0]]
+        for kernel in entry["kernels"]:
+            assert kernel["shared"] <= device.shared_per_block and kernel["occupancy"] > 0, (name, kernel)
+            assert kernel["spill_bytes"] == 0, (name, kernel)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("registers", 256), ("shared", 10**6), ("spill_bytes", 8), ("occupancy", 0)]
+)
+def test_the_check_can_fail(kept: dict[str, Any], field: str, value: int) -> None:
+    found = json.loads(json.dumps(kept))
+    before = budget.problems(found, kept)
+    found["paper"]["sm_90/forward"]["kernels"][0][field] = value
+    assert len(budget.problems(found, kept)) == len(before) + 1
+
+
+def test_a_ratio_above_its_target_is_named() -> None:
+    paper = {"sm_80/forward": {"ratio": 1.21}, "sm_90/forward": {"ratio": 1.2}, "gfx942/forward": {"ratio": None}}
+    assert budget.over_target({"paper": paper}) == {"sm_80/forward": 1.21}
+
+
+def test_the_check_holds_the_paper_s_kernels_and_the_matrix() -> None:
+    name = "sm_86/forward/float16/64/dense"
+    entry = {"ratio": 1.2, "warp_instructions_per_head_and_image": 1000, "kernels": []}
+    kept = {
+        "triton": "3.8.0",
+        "paper": {"sm_80/forward": entry},
+        "matrix": {name: {"forward_kernel": [128, 0, 4096, 16]}},
+    }
+    assert budget.problems(kept, kept) == []
+    for changed, complaint in (
+        (
+            {"paper": {"sm_80/forward": {**entry, "warp_instructions_per_head_and_image": 1001}}},
+            "warp instructions 1001",
+        ),
+        ({"matrix": {name: {"forward_kernel": [128, 4, 4096, 16]}}}, "spilled bytes 4"),
+        ({"matrix": {name: {"forward_kernel": [128, 0, 4097, 16]}}}, "shared memory 4097"),
+        ({"matrix": {name: {"forward_kernel": [129, 0, 4096, 16]}}}, "registers 129"),
+        ({"matrix": {name: {"forward_kernel": [128, 0, 4096, 0]}}}, "cannot be launched"),
+        ({"matrix": {name: {"other_kernel": [128, 0, 4096, 16]}}}, "not in the file"),
+    ):
+        (found,) = budget.problems({**kept, **changed}, kept)
+        assert complaint in found
+    other = {
+        **kept,
+        "triton": "3.9.0",
+        "paper": {"sm_80/forward": {**entry, "warp_instructions_per_head_and_image": 1099}},
+    }
+    assert budget.problems(other, kept) == []
+
+
+# ---- configurations --------------------------------------------------------------------------------------------------
+
+
+def test_every_head_dim_has_a_configuration_everywhere() -> None:
+    for architecture in configs.FAMILIES:
+        with configs.target(architecture):
+            for pass_name in configs.PASSES:
+                for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                    for head_dim in range(1, 257, 5):
+                        for regime in budget.GRIDS:
+                            config = configs.lookup(pass_name, dtype=dtype, head_dim=head_dim, regime=regime)
+                            assert min(config.block_m, config.block_n) >= 16 and config.num_warps in (1, 2, 4, 8)
+
+
+def test_lookup_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match="head_dim"):
+        configs.lookup("forward", dtype=torch.float32, head_dim=257)
+    with pytest.raises(ValueError, match="unknown pass"):
+        configs.lookup("sideways", dtype=torch.float32, head_dim=16)
+    with pytest.raises(ValueError, match="unknown architecture"), configs.target("sm_10"):
+        pass
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CONVIT_KERNELS_CACHE_DIR", str(tmp_path / "cache"))
+    configs.clear()
+    return configs.cache_file()
+
+
+def test_tuned_configurations_are_kept_by_device(cache: Path) -> None:
+    key = configs.entry_key("forward", dtype=torch.bfloat16, head_dim=48, regime="dense", num_tokens=196)
+    other = configs.entry_key("forward", dtype=torch.bfloat16, head_dim=48, regime="dense", num_tokens=1024)
+    assert key != other and configs.load_tuned("GPU A") == {}
+    configs.store_tuned("GPU A", {key: configs.Config(128, 64, 8, 3)})
+    configs.store_tuned("GPU A", {other: configs.Config(64, 64, 4, 2)})
+    configs.store_tuned("GPU B", {key: configs.Config(32, 32, 4, 1)})
+    assert configs.load_tuned("GPU A") == {key: configs.Config(128, 64, 8, 3), other: configs.Config(64, 64, 4, 2)}
+    assert configs.load_tuned("GPU B") == {key: configs.Config(32, 32, 4, 1)}
+    assert [path.name for path in cache.parent.iterdir()] == [cache.name]
+
+
+def test_configurations_of_other_source_are_not_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs.store_tuned("GPU A", {"forward/dense/bfloat16/48/256": configs.Config(128, 64, 8, 3)})
+    monkeypatch.setattr(configs, "source_hash", lambda: "another")
+    configs.clear()
+    assert configs.load_tuned("GPU A") == {}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "3", '{"a": {"b": [64, 64, 4]}}', '{"a": {"b": [64, 63, 4, 2]}}', '{"a": {"b": "cdef"}}', "\xff"],
+)
+def test_a_corrupt_cache_warns_once_and_counts_as_empty(cache: Path, content: str) -> None:
+    cache.parent.mkdir(parents=True)
+    cache.write_bytes(content.encode("latin-1"))
+    with pytest.warns(UserWarning, match="triton_configs.json"):
+        assert configs.load_tuned("GPU A") == {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert configs.load_tuned("GPU A") == {}
+    configs.store_tuned("GPU A", {"key": configs.Config(64, 32, 4, 2)})
+    assert configs.load_tuned("GPU A") == {"key": configs.Config(64, 32, 4, 2)}
+
+
+def test_an_invalid_configuration_is_not_stored(cache: Path) -> None:
+    with pytest.raises(ValueError, match="power of two"):
+        configs.store_tuned("GPU A", {"key": configs.Config(48, 32, 4, 2)})
+    assert not cache.exists()
+
+
+# ---- the model of time -----------------------------------------------------------------------------------------------
+
+
+def row(**changes: Any) -> budget.Row:
+    report = machine_code.Report(
+        kernel="forward_kernel",
+        device="sm_90",
+        warps=4,
+        stages=2,
+        registers=128,
+        spill_bytes=0,
+        spill_instructions=0,
+        shared=0,
+        occupancy=16,
+        instructions={"matrix": 0, "special": 0, "memory": 0, "float": 0, "rest": 0, **changes.pop("instructions", {})},
+        macs=changes.pop("macs", 0),
+        requested=changes.pop("requested", 0),
+    )
+    return budget.Row(tile=(64, 64), programs=132, report=report, tensor_bytes=changes.pop("tensor_bytes", 0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "unit", "seconds"),
+    [
+        ({"tensor_bytes": 3350}, "HBM", 1e-9),
+        ({"requested": 5500}, "L2", 132 * 4e-9),
+        ({"macs": 2048}, "tensor", 4 / 1.83e9),
+        ({"instructions": {"special": 1}}, "exp", 8 / 1.83e9),
+        ({"instructions": {"rest": 5}}, "issue", 5 / 1.83e9),
+    ],
+)
+def test_the_model_weighs_each_unit(changes: dict[str, Any], unit: str, seconds: float) -> None:
+    times = time_model.model(time_model.H100, row(**changes), "bfloat16")
+    assert times[unit] == pytest.approx(seconds, rel=1e-12) and time_model.bound(times) == unit
+
+
+def test_the_model_refuses_machine_code_of_another_architecture() -> None:
+    with pytest.raises(ValueError, match="sm_80"):
+        time_model.model(time_model.A100, row(), "bfloat16")
+
+
+def test_the_specifications_give_the_published_peaks() -> None:
+    for gpu, bf16, tf32 in ((time_model.A100, 312e12, 156e12), (time_model.H100, 989.4e12, 494.7e12)):
+        assert 2 * gpu.macs["bfloat16"] * gpu.sms * gpu.clock == pytest.approx(bf16, rel=1e-2)
+        assert 2 * gpu.macs["tf32"] * gpu.sms * gpu.clock == pytest.approx(tf32, rel=1e-2)
