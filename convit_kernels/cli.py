@@ -1,14 +1,19 @@
-"""The commands: what can run here (`info`), and a model before and after (`demo`)."""
+"""The commands: what can run here (`info`), whether it is right (`selfcheck`), a model before and after (`demo`)."""
 
 import json
+import os
 import platform
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from . import extension
@@ -70,6 +75,54 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
     for name, state in native_libraries().items():
         table.add_row(name, state)
     console.print(table)
+
+
+@app.command()
+def selfcheck(
+    device: Annotated[str, typer.Option(help="cuda, or cpu: the Triton kernels are then interpreted.")] = (
+        "cuda" if torch.cuda.is_available() else "cpu"
+    ),
+    backend: Annotated[str, typer.Option(help="The backend to check.")] = "triton",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here as JSON.")] = None,
+) -> None:
+    """Holds the kernels to float64 on this machine: every dtype, regime, odd shape and gradient."""
+    interpreted = backend == "triton" and device == "cpu"
+    if interpreted and os.environ.get("TRITON_INTERPRET") != "1":
+        # the interpreter is chosen when triton is imported: it takes a process of its own
+        environment = os.environ | {"TRITON_INTERPRET": "1"}
+        raise typer.Exit(subprocess.run([sys.executable, "-m", __package__, *sys.argv[1:]], env=environment).returncode)
+    from . import selfcheck as checks
+
+    if interpreted:
+        console.print(
+            "No GPU: the kernels run in Triton's interpreter, on small shapes, without bfloat16.", style="yellow"
+        )
+    cases = checks.cases(interpreted)
+    found = checks.run(backend, device, interpreted)
+    results = list(track(found, "checking", len(cases), console=console, transient=True))
+    table = Table(
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+        title=f"Errors against float64, as a share of what is allowed: {backend}, {device}",
+    )
+    table.add_column("case", no_wrap=True)
+    for heading in ("out", "dq", "dk", "dv", "d weight", "d gate", ""):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in results:
+        shares = (
+            [f"{min(row['shares'][name], 99):.2f}" for name in checks.NAMES]
+            if row["shares"]
+            else [""] * len(checks.NAMES)
+        )
+        table.add_row(row["case"], *shares, "[green]ok[/green]" if row["passed"] else "[red]FAIL[/red]")
+    console.print(table)
+    for row in results:
+        if "error" in row:
+            console.print(f"{row['case']}: {row['error']}", style="red", markup=False)
+    if json_file is not None:
+        json_file.write_text(json.dumps({"machine": machine(), "device": device, "results": results}, indent=2))
+    if not all(row["passed"] for row in results):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 import convit_kernels as ck
+from convit_kernels import selfcheck
 from convit_kernels.cli import app
 
 
@@ -36,6 +37,7 @@ def test_module_runs():
         [sys.executable, "-m", "convit_kernels", "--help"], capture_output=True, text=True, check=True
     )
     assert "info" in done.stdout
+    assert "selfcheck" in done.stdout
     assert "demo" in done.stdout
 
 
@@ -50,6 +52,37 @@ def test_without_typer_it_says_what_to_install(tmp_path):
     done = subprocess.run([sys.executable, tmp_path / "block.py"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "needs typer: pip install 'convit_kernels[cli]'" in done.stderr
+
+
+class TestSelfcheck:
+    @pytest.fixture
+    def few(self, monkeypatch):
+        monkeypatch.setattr(selfcheck, "cases", lambda interpreted: [selfcheck.Case(torch.float32, (3, 5), 16)])
+
+    def test_a_right_backend_passes_and_writes_json(self, few, tmp_path):
+        result = run("selfcheck", "--backend", "composite", "--device", "cpu", "--json", str(tmp_path / "r.json"))
+        assert result.exit_code == 0, result.output
+        (row,) = json.loads((tmp_path / "r.json").read_text())["results"]
+        assert row["passed"]
+        assert set(row["shares"]) == {"out", "dq", "dk", "dv", "d_pos_weight", "d_gate"}
+
+    def test_a_wrong_one_fails(self, few, monkeypatch):
+        right = selfcheck.gpsa_attention
+        monkeypatch.setattr(selfcheck, "gpsa_attention", lambda *args, **kwargs: right(*args, **kwargs) * 1.02)
+        result = run("selfcheck", "--backend", "composite", "--device", "cpu")
+        assert result.exit_code == 1
+        assert "FAIL" in result.output
+
+    def test_one_that_raises_fails_and_is_named(self, few):
+        result = run("selfcheck", "--backend", "cpu", "--device", "cpu")
+        assert result.exit_code == 1
+        assert "no such kernel yet" in result.output.replace("\n", " ")
+
+    def test_without_a_gpu_the_kernels_are_interpreted(self):
+        command = [sys.executable, "-m", "convit_kernels", "selfcheck", "--device", "cpu"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+        assert "Triton's interpreter" in done.stdout
 
 
 class TestDemo:
