@@ -256,19 +256,6 @@ def dense_ptrs(table_ptr, rows, columns, stride):
 
 
 @triton.jit
-def dense_position(table_ptr, rows, columns, num_columns, stride, MASK_COLUMNS: tl.constexpr):
-    """Tile ``(len(rows), len(columns))`` of one head's dense table; zero from column num_columns (the padded count) on.
-
-    ``rows`` must lie inside the table.
-    """
-    ptrs = table_ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    if MASK_COLUMNS:
-        return tl.load(ptrs, mask=columns[None, :] < num_columns, other=0.0)
-    else:
-        return tl.load(ptrs)
-
-
-@triton.jit
 def factored_position(
     row_table_ptr,
     col_table_ptr,
