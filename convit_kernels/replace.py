@@ -41,7 +41,7 @@ def replace_gpsa(model: nn.Module, *, backend: str | None = None) -> int:
         warnings.warn(f"{type(model).__name__} contains no reference GPSA layer{already}", UserWarning, stacklevel=2)
     replacements = {module: convert(module, backend=backend) for module in found.values()}
     for parent in list(model.modules()):
-        for name, child in parent.named_children():
+        for name, child in parent._modules.items():  # named_children would pass over a second name of one layer
             if child in replacements:
                 setattr(parent, name, replacements[child])
     return len(replacements)

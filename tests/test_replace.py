@@ -184,9 +184,10 @@ class TestWholeModel:
 
     def test_a_layer_in_two_places_stays_one(self):
         layer = timm_layer()
-        model = nn.ModuleDict({"a": layer, "b": nn.Sequential(layer)})
+        model = nn.ModuleDict({"a": layer, "b": nn.Sequential(layer), "c": layer})
         assert ck.replace_gpsa(model) == 1
         assert model["a"] is model["b"][0]
+        assert model["a"] is model["c"]
         assert isinstance(model["a"], ck.GPSA)
 
     def test_backend_is_passed_on(self):
