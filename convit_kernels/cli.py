@@ -68,11 +68,11 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
         table.add_row(key, "none" if value is None else str(value))
     console.print(table)
     table = Table("backend", "can run", "why not", title="Backends, fastest first")
-    for backend in backends():
-        table.add_row(backend.name, "yes" if backend.available else "no", backend.reason)
+    for backend in report["backends"]:
+        table.add_row(backend["name"], "yes" if backend["available"] else "no", backend["reason"])
     console.print(table)
     table = Table("library", "state", title="Native libraries (relative-position tables)")
-    for name, state in native_libraries().items():
+    for name, state in report["native_libraries"].items():
         table.add_row(name, state)
     console.print(table)
 

@@ -11,18 +11,18 @@ from .. import ops
 MAX_HEAD_DIM = 256
 MAX_TOKENS = 65_536
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# asked at every call of the attention, so looked up once
+_INSTALLED = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def why_not(q: Tensor | None = None) -> str:
     """Why the kernels cannot run here, or on this query tensor; "" when they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _INSTALLED:
         return "triton is not installed (pip install triton)"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not torch.cuda.is_available() and not interpreted:
-        return "torch sees no GPU"
     if q is None:
-        return ""
-    if q.device.type != "cuda" and not interpreted:
+        return "" if _INTERPRETED or torch.cuda.is_available() else "torch sees no GPU"
+    if q.device.type != "cuda" and not _INTERPRETED:
         return f"the tensors are on {q.device}, not on a GPU"
     if q.dtype not in DTYPES:
         return f"the kernels take float16, bfloat16 and float32, not {q.dtype}"
