@@ -29,6 +29,10 @@ for _name in ("relative_position_tables", "relative_position_tables_backward", "
     _library.impl(_name, getattr(eager_tables, _name), "CompositeExplicitAutograd")
 
 
+# then the Triton kernels run on CPU tensors
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _in_triton(name: str) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
         return getattr(importlib.import_module(".triton.attention", __package__), name)(*args)
@@ -38,7 +42,7 @@ def _in_triton(name: str) -> Callable[..., Any]:
 
 for _name in ("gated_attention", "gated_attention_backward"):
     _library.impl(_name, _in_triton(_name), "CUDA")
-    if os.environ.get("TRITON_INTERPRET") == "1":  # then the same kernels run on CPU tensors
+    if _INTERPRETED:
         _library.impl(_name, _in_triton(_name), "CPU")
 
 relative_position_tables = torch.ops.convit_kernels.relative_position_tables.default
@@ -71,9 +75,12 @@ def _heads_last(q: Tensor) -> Tensor:
 
 def _attention_fake(
     q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    need_lse = rest[-1]
-    return _heads_last(q), q.new_empty(q.shape[:3] if need_lse else 0, dtype=torch.float32)
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_grad = rest[-1]
+    nothing = q.new_empty(0)
+    lse = q.new_empty(q.shape[:3] if need_grad else 0, dtype=pos_weight.dtype)
+    in_triton = q.device.type != "cpu" or _INTERPRETED
+    return _heads_last(q), lse, _heads_last(q) if need_grad and in_triton else nothing
 
 
 def _attention_backward_fake(d_out: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -131,14 +138,15 @@ torch.library.register_autograd(
 )
 
 
-def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, pos_weight, gate, *ctx.settings, philox, _ = inputs
+    _, lse, content = output
     ctx.has_philox = philox is not None
-    saved = (q, k, v, *output, pos_weight, gate)
+    saved = (q, k, v, content, lse, pos_weight, gate)
     ctx.save_for_backward(*saved, philox) if ctx.has_philox else ctx.save_for_backward(*saved)
 
 
-def _attention_vjp(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+def _attention_vjp(ctx: Any, d_out: Tensor, d_lse: Tensor, d_content: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     philox = saved[7] if ctx.has_philox else None
     return *gated_attention_backward(d_out, *saved[:7], *ctx.settings, philox), *(None,) * 6

@@ -11,15 +11,17 @@ SCHEMAS = {
     ),
     # pos_weight (heads, 3) -> (heads, N, N rounded up to 16) in float32, float16 or bfloat16, N = height * width
     "dense_position_table": "(Tensor pos_weight, int height, int width, ScalarType dtype) -> Tensor",
-    # q, k, v (B, H, N, D), pos_weight (H, 3) and gate (H,) in float32, philox (2,) int64: the dropout's seed and offset
-    # -> out (B, H, N, D), the content's log-sum-exp (B, H, N) in float32, empty unless need_lse
+    # q, k, v (B, H, N, D), pos_weight (H, 3) and gate (H,) in float32, or float64 where q is; philox (2,) int64: the
+    # dropout's seed and offset
+    # -> out (B, H, N, D), and what the backward needs, empty unless need_grad: the content's log-sum-exp (B, H, N) in
+    # float32 (float64 where q is) and its own part C V (B, H, N, D), empty too on a CPU, whose backward has no use for it
     "gated_attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor pos_weight, Tensor gate, int height, int width, float scale, "
-        "float dropout_p, Tensor? philox, bool need_lse) -> (Tensor, Tensor)"
+        "float dropout_p, Tensor? philox, bool need_grad) -> (Tensor, Tensor, Tensor)"
     ),
     # -> the gradients of q, k, v, pos_weight and gate
     "gated_attention_backward": (
-        "(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor pos_weight, Tensor gate, "
+        "(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor content, Tensor lse, Tensor pos_weight, Tensor gate, "
         "int height, int width, float scale, float dropout_p, Tensor? philox) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
