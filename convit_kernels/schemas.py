@@ -14,7 +14,7 @@ SCHEMAS = {
     # q, k, v (B, H, N, D), pos_weight (H, 3) and gate (H,) in float32, or float64 where q is; philox (2,) int64: the
     # dropout's seed and offset
     # -> out (B, H, N, D), and what the backward needs, empty unless need_grad: the content's log-sum-exp (B, H, N) in
-    # float32 (float64 where q is) and its own part C V (B, H, N, D), empty too on a CPU, whose backward has no use for it
+    # float32 (float64 where q is) and its own part C V (B, H, N, D), empty too on a CPU, whose backward does without
     "gated_attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor pos_weight, Tensor gate, int height, int width, float scale, "
         "float dropout_p, Tensor? philox, bool need_grad) -> (Tensor, Tensor, Tensor)"

@@ -45,6 +45,6 @@ def attention(
 ) -> Tensor:
     # seed and offset of the mask, drawn on the device: nothing waits for the host, also within a CUDA graph
     philox = torch.randint(0, 1 << 31, (2,), device=q.device) if dropout_p > 0 else None
-    needs_lse = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, pos_weight, gate))
-    out, _ = ops.gated_attention(q, k, v, pos_weight.float(), gate.float(), *grid, scale, dropout_p, philox, needs_lse)
+    need_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, pos_weight, gate))
+    out, *_ = ops.gated_attention(q, k, v, pos_weight.float(), gate.float(), *grid, scale, dropout_p, philox, need_grad)
     return out  # type: ignore[no-any-return]

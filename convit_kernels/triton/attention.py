@@ -57,16 +57,16 @@ def gated_attention(
     scale: float,
     dropout_p: float,
     philox: Tensor | None,
-    need_lse: bool,
-) -> tuple[Tensor, Tensor]:
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    nothing = q.new_empty(0)
     if q.numel() == 0:
-        batch, heads, tokens, head_dim = q.shape
-        lse = q.new_empty(q.shape[:3] if need_lse else 0, dtype=torch.float32)
-        return q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2), lse
+        out = torch.empty_like(q)
+        return out, q.new_empty(q.shape[:3] if need_grad else 0, dtype=torch.float32), out.clone()
     q, k, v = (_unit_stride(tensor) for tensor in (q, k, v))
     with _on(q):
         table, row_table, col_table = _tables(q, pos_weight, height, width)
-        out, saved = forward(
+        out, lse, content = forward(
             q,
             k,
             v,
@@ -78,9 +78,11 @@ def gated_attention(
             col_table=col_table,
             dropout_p=dropout_p,
             philox=philox,
-            need_lse=need_lse,
+            need_grad=need_grad,
         )
-    return out, q.new_empty(0, dtype=torch.float32) if saved is None else saved
+    if lse is None or content is None:
+        return out, nothing.float(), nothing
+    return out, lse, content
 
 
 def gated_attention_backward(
@@ -88,7 +90,7 @@ def gated_attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
+    content: Tensor,
     lse: Tensor,
     pos_weight: Tensor,
     gate: Tensor,
@@ -99,10 +101,10 @@ def gated_attention_backward(
     philox: Tensor | None,
 ) -> tuple[Tensor, ...]:
     if q.numel() == 0:
-        empty = [torch.empty_like(out) for _ in range(3)]
+        empty = [torch.empty_like(q) for _ in range(3)]
         return *empty, torch.zeros_like(pos_weight), torch.zeros_like(gate)
     if lse.numel() == 0:
-        raise RuntimeError("the forward pass was told that no gradient is needed: call it with need_lse=True")
+        raise RuntimeError("the forward pass was told that no gradient is needed: call it with need_grad=True")
     d_out, q, k, v = (_unit_stride(tensor) for tensor in (d_out, q, k, v))
     with _on(q):
         table, row_table, col_table = _tables(q, pos_weight, height, width)
@@ -111,7 +113,7 @@ def gated_attention_backward(
             q,
             k,
             v,
-            out,
+            content,
             lse,
             pos_weight.contiguous(),
             gate.contiguous(),

@@ -10,12 +10,9 @@ With ``A = (1 - g) C + g P``, ``dA = dO V^T`` (under the dropout mask where ther
 
 Four kernels, none with atomics, so the same bits in every run:
 
-``backward_q_kernel``, a program for each block of queries, finds dQ *and* dc. Flash attention gets dc from dO and O in
-a pass of its own; here O also holds the position's part, so that pass would need P V again. Instead
-``sum_j C_ij (dA_ij - m_i) K_j - (dc_i - m_i) sum_j C_ij K_j`` gives dQ with dc known at the end only, for one more
-matrix product and no division by 1 - g. Any m is right in exact arithmetic; the nearer to dc, the less is lost to
-rounding in half precision, and m_i = dO_i . O_i = (1 - g) dc_i + g dp_i is near: the very dc when the gate is closed,
-and without weight in dQ when it is open.
+``backward_q_kernel``, a program for each block of queries, finds dQ. dc_i = dO_i . (C V)_i, as in flash attention; O
+also holds the position's part, therefore the forward pass keeps C V as well. In half precision C V is rounded, which
+would show in d gate, a sum over all rows: what dc lacks is ``sum_j dS_ij``, added for the kernels that follow.
 
 ``backward_kv_kernel``, a program for each block of keys, finds dK and dV. P^T dO is a matrix product of its own on the
 table's tile, straight from where it was loaded: it costs fewer instructions than to unpack the tile and mix it into C
@@ -61,11 +58,11 @@ POSITION_PROGRAMS = 128
 
 @triton.jit
 def query_tile(
-    dq0, dq1, ck0, ck1, t_tile, c_tile, q0, q1, do0, do1, lse, shift,
+    dq0, dq1, ds_tile, c_tile, q0, q1, do0, do1, lse, dc,
     k_ptr, v_ptr, stride_kn, stride_vn, philox_ptr, batch_head, threshold, inverse_keep, logit_scale, rows, start,
     num_tokens,
     HEAD_DIM: tl.constexpr, HEAD0: tl.constexpr, HEAD1: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-    DROPOUT: tl.constexpr, LAST: tl.constexpr,
+    EXACT: tl.constexpr, DROPOUT: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys for a block of queries. k_ptr and v_ptr point at the tile. LAST: it reaches past the last
     token."""
@@ -80,20 +77,20 @@ def query_tile(
     if DROPOUT:
         keep = keep_mask(philox_ptr, batch_head, rows, start, threshold, BLOCK_N)
         da = tl.where(keep, da * inverse_keep, 0.0)
-    t = c * (da - shift[:, None])
-    t_tile += t
-    c_tile += c
-    dq0, dq1 = accumulate(t.to(k0.dtype), k0, k1, dq0, dq1, HEAD1, PRECISION)
-    ck0, ck1 = accumulate(c.to(k0.dtype), k0, k1, ck0, ck1, HEAD1, PRECISION)
-    return dq0, dq1, ck0, ck1, t_tile, c_tile
+    if EXACT:
+        c_tile += c
+    ds = c * (da - dc[:, None])
+    ds_tile += ds
+    dq0, dq1 = accumulate(ds.to(k0.dtype), k0, k1, dq0, dq1, HEAD1, PRECISION)
+    return dq0, dq1, ds_tile, c_tile
 
 
 @triton.jit
 def backward_q_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, gate_ptr, philox_ptr, dq_ptr, row_lse_ptr, row_dc_ptr,
+    do_ptr, q_ptr, k_ptr, v_ptr, content_ptr, lse_ptr, gate_ptr, philox_ptr, dq_ptr, row_lse_ptr, row_dc_ptr,
     row_factor_ptr,
     stride_dob, stride_doh, stride_don, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on, stride_dqb, stride_dqh, stride_dqn,
+    stride_vb, stride_vh, stride_vn, stride_cb, stride_ch, stride_cn, stride_dqb, stride_dqh, stride_dqn,
     scale, logit_scale, dropout_p, batch_size, num_heads, num_tokens, num_rows,
     HEAD_DIM: tl.constexpr, HEAD0: tl.constexpr, HEAD1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, SATURATION: tl.constexpr, EXACT: tl.constexpr, DROPOUT: tl.constexpr, RAGGED: tl.constexpr,
@@ -101,8 +98,7 @@ def backward_q_kernel(
     """dQ and the few numbers of each row that the kernel of dK and dV reads. Grid: (row blocks x images, heads).
 
     Those rows are (H, B, num_rows), num_rows a multiple of BLOCK_M: row_lse = log2 of what divides ``exp2(logit)`` to
-    give
-    ``(1 - g) C``, +inf past the last token, so that a padded row has no probability anywhere; row_dc = dc. EXACT
+    give ``(1 - g) C``, +inf past the last token, so that a padded row has no probability anywhere; row_dc = dc. EXACT
     (float32): the logarithm's rounding would show, and ``(1 - g) C = exp2(logit - row_lse) * row_factor``.
     """
     row_blocks = tl.cdiv(num_tokens, BLOCK_M)
@@ -117,61 +113,67 @@ def backward_q_kernel(
     q_ptr += b64 * stride_qb + h64 * stride_qh
     k_ptr += b64 * stride_kb + h64 * stride_kh
     v_ptr += b64 * stride_vb + h64 * stride_vh
-    out_ptr += b64 * stride_ob + h64 * stride_oh
+    content_ptr += b64 * stride_cb + h64 * stride_ch
     threshold = dropout_threshold(dropout_p)
     inverse_keep = 1.0 / (1.0 - dropout_p)
     content, _position = gate_shares(gate_ptr, head)
 
     q0, q1 = load_pair(q_ptr, rows, stride_qn, num_tokens, HEAD_DIM, HEAD0, HEAD1, True)
     do0, do1 = load_pair(do_ptr, rows, stride_don, num_tokens, HEAD_DIM, HEAD0, HEAD1, True)
-    o0, o1 = load_pair(out_ptr, rows, stride_on, num_tokens, HEAD_DIM, HEAD0, HEAD1, True)
-    shift = tl.sum(do0.to(tl.float32) * o0.to(tl.float32), 1)
+    cv0, cv1 = load_pair(content_ptr, rows, stride_cn, num_tokens, HEAD_DIM, HEAD0, HEAD1, True)
+    dc = tl.sum(do0.to(tl.float32) * cv0.to(tl.float32), 1)
     if HEAD1 > 0:
-        shift += tl.sum(do1.to(tl.float32) * o1.to(tl.float32), 1)
+        dc += tl.sum(do1.to(tl.float32) * cv1.to(tl.float32), 1)
     lse = tl.load(lse_ptr + bh64 * num_tokens + rows, mask=rows < num_tokens, other=float("inf")) * LOG2E_
 
     dq0, dq1 = zeros_pair(BLOCK_M, HEAD0, HEAD1)
-    ck0, ck1 = zeros_pair(BLOCK_M, HEAD0, HEAD1)
     # Sums over the tiles, entry by entry: what lies in different threads is added once, at the end.
-    t_tile = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    c_tile = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    ds_tile = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if EXACT:
+        c_tile = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    else:
+        c_tile = 0.0
     whole = num_tokens // BLOCK_N * BLOCK_N
     key_step = tl.cast(stride_kn, tl.int64) * BLOCK_N
     value_step = tl.cast(stride_vn, tl.int64) * BLOCK_N
     # Where content is too small a share to matter, dQ is 0, and so is whatever the ragged tile adds: its lse is +inf.
     for start in range(0, tl.where(content < SATURATION, 0, whole), BLOCK_N):
-        dq0, dq1, ck0, ck1, t_tile, c_tile = query_tile(
-            dq0, dq1, ck0, ck1, t_tile, c_tile, q0, q1, do0, do1, lse, shift,
+        dq0, dq1, ds_tile, c_tile = query_tile(
+            dq0, dq1, ds_tile, c_tile, q0, q1, do0, do1, lse, dc,
             k_ptr, v_ptr, stride_kn, stride_vn, philox_ptr, batch_head, threshold, inverse_keep, logit_scale,
-            rows, start, num_tokens, HEAD_DIM, HEAD0, HEAD1, BLOCK_N, PRECISION, DROPOUT, False,
+            rows, start, num_tokens, HEAD_DIM, HEAD0, HEAD1, BLOCK_N, PRECISION, EXACT, DROPOUT, False,
         )  # fmt: skip
         k_ptr += key_step
         v_ptr += value_step
     if RAGGED:
-        dq0, dq1, ck0, ck1, t_tile, c_tile = query_tile(
-            dq0, dq1, ck0, ck1, t_tile, c_tile, q0, q1, do0, do1, lse, shift,
+        dq0, dq1, ds_tile, c_tile = query_tile(
+            dq0, dq1, ds_tile, c_tile, q0, q1, do0, do1, lse, dc,
             k_ptr, v_ptr, stride_kn, stride_vn, philox_ptr, batch_head, threshold, inverse_keep, logit_scale,
-            rows, whole, num_tokens, HEAD_DIM, HEAD0, HEAD1, BLOCK_N, PRECISION, DROPOUT, True,
+            rows, whole, num_tokens, HEAD_DIM, HEAD0, HEAD1, BLOCK_N, PRECISION, EXACT, DROPOUT, True,
         )  # fmt: skip
 
-    # A float32 lse of large logits is off by more than rounding of a probability; rows that sum to 1 again make up for
-    # it. Where content has been skipped, and past the last token, the sum is 0.
-    c_sum = tl.sum(c_tile, 1)
-    c_sum = tl.where(c_sum > 0.0, c_sum, 1.0)
-    t_mean = tl.sum(t_tile, 1) / c_sum
-    row_scale = (scale * content / c_sum)[:, None]
-    dq0 = (dq0 - t_mean[:, None] * ck0) * row_scale
+    factor = content + tl.zeros([BLOCK_M], tl.float32)
+    missing = tl.sum(ds_tile, 1)
+    if EXACT:
+        # A float32 lse of large logits is off by more than rounding of a probability; rows that sum to 1 again make up
+        # for it. Where content has been skipped, and past the last token, the sum is 0.
+        c_sum = tl.sum(c_tile, 1)
+        c_sum = tl.where(c_sum > 0.0, c_sum, 1.0)
+        factor = factor / c_sum
+        missing = missing / c_sum
+    row_scale = (scale * factor)[:, None]
+    dq0 *= row_scale
     if HEAD1 > 0:
-        dq1 = (dq1 - t_mean[:, None] * ck1) * row_scale
+        dq1 *= row_scale
     dq_ptr += b64 * stride_dqb + h64 * stride_dqh
     store_pair(dq_ptr, rows, stride_dqn, num_tokens, dq0, dq1, HEAD_DIM, HEAD0, HEAD1)
     row = (h64 * batch_size + b64) * num_rows + rows
     if EXACT:
         tl.store(row_lse_ptr + row, lse)
-        tl.store(row_factor_ptr + row, content / c_sum)
+        tl.store(row_factor_ptr + row, factor)
     else:
-        tl.store(row_lse_ptr + row, lse + tl.log2(c_sum) - tl.log2(content))
-    tl.store(row_dc_ptr + row, shift + t_mean)
+        tl.store(row_lse_ptr + row, lse - tl.log2(content))
+    tl.store(row_dc_ptr + row, dc + missing)
 
 
 @triton.jit
@@ -487,7 +489,7 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
+    content: Tensor,
     lse: Tensor,
     pos_weight: Tensor,
     gate: Tensor,
@@ -507,7 +509,8 @@ def backward(
         d_out: (B, H, N, D) gradient of the output in the dtype of q, any strides but the last, which is 1.
         q, k, v, gate, grid_size, scale, table, row_table, col_table, dropout_p, philox: as `forward` had them.
         pos_weight: (H, 3) positional weights, contiguous, float32.
-        out, lse: the results of `forward`; out (B, H, N, D) with a last stride of 1, lse (B, H, N) float32, contiguous.
+        content, lse: results of `forward`; content (B, H, N, D) with a last stride of 1, lse (B, H, N) float32,
+            contiguous.
         configs: launch configurations of the kernels of dQ, of dK and dV, and of position; None takes those of the
         table for this device.
 
@@ -529,8 +532,8 @@ def backward(
         raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p}")
     if dropout_p > 0.0 and philox is None:
         raise ValueError("dropout needs philox, a tensor with seed and offset")
-    if any(tensor.stride(-1) != 1 for tensor in (d_out, q, k, v, out)):
-        raise ValueError("the last stride of d_out, q, k, v and out must be 1")
+    if any(tensor.stride(-1) != 1 for tensor in (d_out, q, k, v, content)):
+        raise ValueError("the last stride of d_out, q, k, v and content must be 1")
     if configs is None:
         regime: Regime = "dense" if dense else "factored"
         config_q, config_kv, config_position = (
@@ -554,9 +557,9 @@ def backward(
     row_lse, row_dc, *more = torch.empty((2 + exact, heads, batch, num_rows), dtype=torch.float32, device=q.device)
     row_factor = more[0] if exact else None
     backward_q_kernel[triton.cdiv(tokens, config_q.block_m) * batch, heads](
-        d_out, q, k, v, out, lse, gate, philox, dq, row_lse, row_dc, row_factor,
+        d_out, q, k, v, content, lse, gate, philox, dq, row_lse, row_dc, row_factor,
         *d_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *out.stride()[:3], *dq.stride()[:3], scale, scale * LOG2E, dropout_p, batch, heads, tokens, num_rows,
+        *content.stride()[:3], *dq.stride()[:3], scale, scale * LOG2E, dropout_p, batch, heads, tokens, num_rows,
         **shape, BLOCK_M=config_q.block_m, BLOCK_N=config_q.block_n, SATURATION=saturation(q.dtype), EXACT=exact,
         RAGGED=tokens % config_q.block_n != 0, num_warps=config_q.num_warps, num_stages=config_q.num_stages,
     )  # fmt: skip

@@ -113,7 +113,7 @@ def launches(case: Case) -> list[Launch]:
     try:
         with recorded_launches(case.device) as found:
             if case.pass_name == "forward":
-                forward(q, k, v, gate, (height, width), scale, need_lse=True, **(table or factors))
+                forward(q, k, v, gate, (height, width), scale, need_grad=True, **(table or factors))
             elif case.pass_name == "backward":
                 backward(d_out, q, k, v, d_out, lse, pos_weight, gate, (height, width), scale, **(table or factors))
             elif case.pass_name == "content_forward":

@@ -21,7 +21,9 @@ All this is a choice among tiles, no prediction of time.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
+import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -47,6 +49,9 @@ STAGES = 2
 # The dtypes that share a row of the table.
 SHARING = {2: ("bfloat16", "float16"), 4: ("float32", "tf32")}
 
+# Further architectures of a family whose compiled code is not that of the one it is named after.
+STRICTER = {"sm_86": ("sm_120",)}
+
 # Whose specifications price an architecture; the others are priced as an A100.
 MODELS = {"sm_90": time_model.H100, "sm_100": time_model.H100}
 
@@ -62,13 +67,10 @@ def written(config: configs.Config) -> str:
 
 @contextlib.contextmanager
 def _fixed(chosen: dict[str, configs.Config]) -> Iterator[None]:
-    """Within this context `configs.lookup` has these answers, by pass, for every tensor."""
+    """Within this context `configs.lookup` has these answers, by row of the table, for every tensor."""
     count = len(configs.HEAD_DIM_BUCKETS)
-    table = {
-        key: " ".join([written(chosen[key.split("/")[1]])] * count) if key.split("/")[1] in chosen else row
-        for key, row in config_table.TABLE.items()
-    }
-    with mock.patch.object(configs, "TABLE", table):
+    rows = {key: " ".join([written(config)] * count) for key, config in chosen.items()}
+    with mock.patch.object(configs, "TABLE", {**config_table.TABLE, **rows}):
         yield
 
 
@@ -94,26 +96,30 @@ def price(case: budget.Case, row: budget.Row) -> float:
     return float(sum(time**3 for time in times) ** (1 / 3) * (1 + 2 / row.report.occupancy))
 
 
-def choose(
-    device: str, regime: configs.Regime, itemsize: int, head_dim: int
-) -> tuple[dict[str, configs.Config], list[str]]:
-    """The configuration of each pass, and a line for each that spills on every rung (its last is then taken)."""
+def choose(device: str, itemsize: int, head_dim: int) -> tuple[dict[str, configs.Config], list[str]]:
+    """The configuration of each row of the table, and a line for each that fails on every rung (its last is taken)."""
     chosen: dict[str, configs.Config] = {}
     failures = []
     # the queries of backward_kv follow those of backward_q, so the order of the passes matters
     for pass_name in configs.PASSES:
-        for config in ladder(pass_name, itemsize):
-            chosen[pass_name] = config
-            cases = (
-                budget.Case(device, pass_name.split("_")[0], dtype, head_dim, regime) for dtype in SHARING[itemsize]
-            )
-            reasons = [
-                f"{case}: {found}" for case in cases if isinstance(found := judged(pass_name, case, chosen), str)
-            ]
-            if not reasons:
-                break
-        else:
-            failures += [f"{pass_name} {written(config)} {reason}" for reason in reasons]
+        for regime in configs.regimes(pass_name):
+            key = configs.table_key(device, pass_name, regime, itemsize)
+            for config in ladder(pass_name, itemsize):
+                chosen[key] = config
+                cases = (
+                    budget.Case(target, pass_name.split("_")[0], dtype, head_dim, regime)
+                    for target in (device, *STRICTER.get(device, ()))
+                    for dtype in SHARING[itemsize]
+                )
+                # the first that fails is enough
+                reason = next(
+                    (f"{case}: {found}" for case in cases if isinstance(found := judged(pass_name, case, chosen), str)),
+                    "",
+                )
+                if not reason:
+                    break
+            else:
+                failures.append(f"{key} {written(config)} {reason}")
     return chosen, failures
 
 
@@ -135,50 +141,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--head-dims", type=int, nargs="+", choices=configs.HEAD_DIM_BUCKETS, default=list(configs.HEAD_DIM_BUCKETS)
     )
-    parser.add_argument("--regimes", choices=tuple(budget.GRIDS), nargs="+", default=list(budget.GRIDS))
     parser.add_argument(
         "--sizes", type=int, choices=tuple(SHARING), nargs="+", default=list(SHARING), help="bytes of an element"
     )
     parser.add_argument("--prices", choices=configs.PASSES, metavar="PASS", help="only print the rungs of one pass")
     parser.add_argument("--write", action="store_true", help="rewrite config_table.py")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     options = parser.parse_args(arguments)
+    rows = [
+        (device, size, head_dim)
+        for device in options.devices
+        for size in options.sizes
+        for head_dim in options.head_dims
+    ]
+    if options.prices:
+        for device, size, head_dim in rows:
+            for regime in configs.regimes(options.prices):
+                case = budget.Case(device, options.prices.split("_")[0], SHARING[size][0], head_dim, regime)
+                print(case)
+                for config in ladder(options.prices, size):
+                    key = configs.table_key(device, options.prices, regime, size)
+                    found = judged(options.prices, case, {key: config})
+                    text = found if isinstance(found, str) else f"{1e6 * price(case, found):8.1f} {found.report}"
+                    print(f"  {written(config):12} {text}", flush=True)
+        return 0
     table = {key: row.split() for key, row in config_table.TABLE.items()}
     complaints: list[str] = []
-    for device in options.devices:
-        for regime in options.regimes:
-            for size in options.sizes:
-                for head_dim in options.head_dims:
-                    if options.prices:
-                        case = budget.Case(device, options.prices.split("_")[0], SHARING[size][0], head_dim, regime)
-                        print(case)
-                        for config in ladder(options.prices, size):
-                            found = judged(options.prices, case, {options.prices: config})
-                            text = (
-                                found if isinstance(found, str) else f"{1e6 * price(case, found):8.1f} {found.report}"
-                            )
-                            print(f"  {written(config):12} {text}", flush=True)
-                        continue
-                    chosen, failures = choose(device, regime, size, head_dim)
-                    complaints += failures
-                    for pass_name, config in chosen.items():
-                        row = table[configs.table_key(device, pass_name, regime, size)]
-                        row[configs.HEAD_DIM_BUCKETS.index(head_dim)] = written(config)
-                    print(
-                        device,
-                        regime,
-                        size,
-                        head_dim,
-                        {name: written(config) for name, config in chosen.items()},
-                        flush=True,
-                    )
-                    print(
-                        *(f"  TO MEND: {failure}" for failure in failures),
-                        sep="\n",
-                        end="\n" if failures else "",
-                        flush=True,
-                    )
-                    if options.write:
-                        write({key: " ".join(row) for key, row in table.items()})
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+        for (device, size, head_dim), (chosen, failures) in zip(
+            rows, pool.map(choose, *zip(*rows, strict=True)), strict=True
+        ):
+            complaints += failures
+            print(device, size, head_dim, {key: written(config) for key, config in chosen.items()}, flush=True)
+            for failure in failures:
+                print(f"  TO MEND: {failure}", flush=True)
+            for key, config in chosen.items():
+                table[key][configs.HEAD_DIM_BUCKETS.index(head_dim)] = written(config)
+            if options.write:
+                write({key: " ".join(row) for key, row in table.items()})
     return int(bool(complaints))
 
 

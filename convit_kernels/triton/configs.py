@@ -1,10 +1,9 @@
 """Launch configurations of the Triton kernels: a table, never an autotuner, so the first call does not stall.
 
-What the table has for 16-bit dtypes at head_dim 48 was chosen by compiling candidates for sm_80 and sm_90 and reading
-their machine code (see `choose` and `machine_code`): no spill, shared memory within the device's limit, then the fewest
-issued instructions and the least traffic between L2 and the cores. Other rows are cautious estimates: they compile and
-fit, and a few spill. Nothing in it was timed. `store_tuned` keeps what was measured on a GPU in the user's cache, which
-`lookup` prefers to the table.
+The table was chosen by compiling candidates for each family and reading their machine code (see `choose` and
+`machine_code`): no spill, shared memory within the device's limit, then the fewest issued instructions and the least
+traffic between L2 and the cores. Nothing in it was timed. `store_tuned` keeps what was measured on a GPU in the user's
+cache, which `lookup` prefers to the table.
 
 Architectures are grouped in families by what limits a tile: shared memory for a block, registers and the kind of
 matrix instruction. The cache file is keyed by the kernels' source, the device's name and Triton's version, so a choice
@@ -104,9 +103,14 @@ def family(device: torch.device | None = None) -> str:
     return FAMILIES.get(architecture, "sm_86")
 
 
+def regimes(pass_name: str) -> tuple[Regime, ...]:
+    """The regimes in which a pass differs: those that read no position map, as tiles or factors, count as dense."""
+    return ("dense", "factored") if pass_name in ("forward", "backward_kv") else ("dense",)
+
+
 def table_key(family_name: str, pass_name: str, regime: Regime, itemsize: int) -> str:
     """The row of `config_table.TABLE` for a family, a pass, a regime and a dtype's bytes."""
-    return f"{family_name}/{pass_name}/{regime}/{itemsize}"
+    return f"{family_name}/{pass_name}/{regime if regime in regimes(pass_name) else 'dense'}/{itemsize}"
 
 
 def lookup(

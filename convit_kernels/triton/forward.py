@@ -169,14 +169,14 @@ def forward_keys(
 
 @triton.jit
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, gate_ptr, table_ptr, row_table_ptr, col_table_ptr, philox_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, content_ptr, lse_ptr, gate_ptr, table_ptr, row_table_ptr, col_table_ptr, philox_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn: tl.constexpr,
     stride_vb, stride_vh, stride_vn: tl.constexpr,
     stride_ob, stride_oh, stride_on, stride_table,
     logit_scale, dropout_p, num_heads, num_tokens, height, width,
     HEAD_DIM: tl.constexpr, HEAD0: tl.constexpr, HEAD1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, SATURATION: tl.constexpr, DENSE: tl.constexpr, DROPOUT: tl.constexpr,
-    TAIL: tl.constexpr, NEGATIVE_SCALE: tl.constexpr, STORE_LSE: tl.constexpr,
+    TAIL: tl.constexpr, NEGATIVE_SCALE: tl.constexpr, NEED_GRAD: tl.constexpr,
 ):  # fmt: skip
     """Grid: (row blocks x images, heads), the row blocks of an image next to each other, because they read the same K
     and V.
@@ -231,16 +231,24 @@ def forward_kernel(
         )  # fmt: skip
 
     if DROPOUT:
-        content = content / (1.0 - dropout_p)
-        position = position / (1.0 - dropout_p)
-    content_row = (content / total)[:, None]
+        inverse_keep = 1.0 / (1.0 - dropout_p)
+    else:
+        inverse_keep = 1.0
+    normalize = (inverse_keep / total)[:, None]
+    content_row = content * normalize
+    position = position * inverse_keep
     o0 = c0 * content_row + p0 * position
     if HEAD1 > 0:
         o1 = c1 * content_row + p1 * position
     else:
         o1 = o0
     store_pair(out_ptr, rows, stride_on, num_tokens, o0, o1, HEAD_DIM, HEAD0, HEAD1)
-    if STORE_LSE:
+    if NEED_GRAD:
+        c0 *= normalize
+        if HEAD1 > 0:
+            c1 *= normalize
+        content_ptr += b64 * stride_ob + h64 * stride_oh
+        store_pair(content_ptr, rows, stride_on, num_tokens, c0, c1, HEAD_DIM, HEAD0, HEAD1)
         lse_ptrs = lse_ptr + batch_head.to(tl.int64) * num_tokens + rows
         tl.store(lse_ptrs, (m + tl.log2(total)) * LN2, mask=rows < num_tokens)
 
@@ -258,9 +266,9 @@ def forward(
     col_table: Tensor | None = None,
     dropout_p: float = 0.0,
     philox: Tensor | None = None,
-    need_lse: bool = False,
+    need_grad: bool = False,
     config: Config | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gated mix of content and position, ``((1 - g) softmax(scale q k^T) + g P) v`` with g = sigmoid(gate).
 
     Args:
@@ -274,12 +282,14 @@ def forward(
         row_table, col_table: (H, Hg, Hg) and (H, Wg, Wg) factors of P, contiguous, float32.
         dropout_p: in [0, 1); dropout acts on the mixed map.
         philox: (2,) int64 on the device, seed and offset of the dropout; the same pair gives the same mask.
-        need_lse: whether the second result is wanted.
+        need_grad: whether the results that only `backward` reads are wanted.
         config: launch configuration; None takes that of the table for this device.
 
     Returns:
-        out (B, H, N, D), a view of a contiguous (B, N, H, D) tensor, and the logarithm of the content's sum of
-        exponentials (B, H, N) in float32 or None. For a head whose gate is so large that content is skipped it is +inf.
+        out (B, H, N, D), a view of a contiguous (B, N, H, D) tensor, and two that are None without need_grad: the
+        logarithm of the content's sum of exponentials, (B, H, N) in float32, and the content's own result
+        ``softmax(scale q k^T) v`` under the dropout mask, laid out as out. For a head whose gate is so large that
+        content is skipped they are +inf and 0.
 
     Raises:
         ValueError: where the arguments do not fit each other.
@@ -309,16 +319,21 @@ def forward(
             num_tokens=tokens,
             device=q.device,
         )
-    out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
-    lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device) if need_lse else None
+
+    def heads_last() -> Tensor:
+        return torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
+
+    out = heads_last()
+    content = heads_last() if need_grad else None
+    lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device) if need_grad else None
     grid = (triton.cdiv(tokens, config.block_m) * batch, heads)
     forward_kernel[grid](
-        q, k, v, out, lse, gate, table, row_table, col_table, philox,
+        q, k, v, out, content, lse, gate, table, row_table, col_table, philox,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], padded(tokens),
         abs(scale) * LOG2E, dropout_p, heads, tokens, height, width,
         HEAD_DIM=head_dim, HEAD0=head0, HEAD1=head1, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         PRECISION=matmul_precision(q.dtype), SATURATION=saturation(q.dtype), DENSE=dense, DROPOUT=dropout_p > 0.0,
-        TAIL=tail(tokens, config.block_n), NEGATIVE_SCALE=scale < 0.0, STORE_LSE=need_lse,
+        TAIL=tail(tokens, config.block_n), NEGATIVE_SCALE=scale < 0.0, NEED_GRAD=need_grad,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return out, lse
+    return out, lse, content

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 BACKWARD: list[tuple[str, str, str]] = [
-    ("backward.py", "shift + t_mean)", "shift - t_mean)"),
-    ("backward.py", "(dq0 - t_mean[:, None] * ck0) * row_scale", "dq0 * row_scale"),
-    ("backward.py", "(scale * content / c_sum)", "(scale / c_sum)"),
-    ("backward.py", "lse + tl.log2(c_sum) - tl.log2(content)", "lse + tl.log2(c_sum)"),
+    ("backward.py", "dc += tl.sum(do1.to", "dc -= tl.sum(do1.to"),
+    ("backward.py", "ds = c * (da - dc[:, None])", "ds = c * da"),
+    ("backward.py", "dc + missing)", "dc)"),
+    ("backward.py", "row_scale = (scale * factor)", "row_scale = (factor)"),
+    ("backward.py", "lse - tl.log2(content)", "lse"),
+    ("backward.py", "factor = factor / c_sum", "factor = factor"),
     ("backward.py", "c = tl.where(columns[None, :] < left, c, 0.0)", "c = c"),
     ("backward.py", "t = tl.where(columns[None, :] < num_tokens, p, 0.0) * (da", "t = p * (da"),
     ("backward.py", "share = tl.where(rows < num_tokens, share_x * share_y, 0.0)", "share = share_x * share_y"),

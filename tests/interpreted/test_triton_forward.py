@@ -155,7 +155,7 @@ def inputs(case: Case) -> tuple[Tensor, ...]:
     return q, k, v, random(heads, 3).double() * 0.3, torch.tensor(case.gates)
 
 
-def call(launcher: Callable[..., Any], case: Case, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+def call(launcher: Callable[..., Any], case: Case, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Run the launcher with the tables of the case's regime."""
     q, k, v, pos_weight, gate = tensors
     row_table, col_table = factors(pos_weight, case.grid)
@@ -178,7 +178,7 @@ def call(launcher: Callable[..., Any], case: Case, tensors: tuple[Tensor, ...]) 
         **tables,
         dropout_p=case.dropout_p,
         philox=seed,
-        need_lse=True,
+        need_grad=True,
         config=Config(*case.block, 4, 2),
     )
 
@@ -189,9 +189,9 @@ def kronecker(row_table: Tensor, col_table: Tensor) -> Tensor:
 
 
 def check(launcher: Callable[..., Any], case: Case) -> None:
-    """The rule of equivalence for one case, out and lse."""
+    """The rule of equivalence for one case: out, lse and the content's own part."""
     tensors = inputs(case)
-    out, lse = call(launcher, case, tensors)
+    out, lse, content = call(launcher, case, tensors)
     q, k, v, pos_weight, gate = tensors
     position = kronecker(*factors(pos_weight, case.grid))
     scale = case.sign * case.logits * case.head_dim**-0.5
@@ -204,6 +204,13 @@ def check(launcher: Callable[..., Any], case: Case) -> None:
     eager_lse = torch.logsumexp(q.float() @ k.float().mT * scale, -1)
     assert_close(lse[:, content_heads], exact_lse[:, content_heads], eager_lse[:, content_heads])
     assert torch.all(lse[:, ~content_heads] == torch.inf)
+    closed = torch.full_like(gate, -1e4)
+    eager, exact = (
+        dense(*qkv, position, closed, scale, keep, case.dropout_p)[:, content_heads]
+        for qkv in ((q, k, v), (q.double(), k.double(), v.double()))
+    )
+    assert_close(content[:, content_heads], exact, eager)
+    assert torch.all(content[:, ~content_heads] == 0)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -220,14 +227,14 @@ def test_content_twin() -> None:
     assert torch.allclose(lse, torch.logsumexp(q @ k.mT * 0.2, -1), atol=1e-5)
 
 
-def test_lse_only_when_needed() -> None:
+def test_what_the_backward_reads_only_when_needed() -> None:
     case = CASES[2]
     q, k, v, pos_weight, gate = inputs(case)
     row_table, col_table = (table.float().contiguous() for table in factors(pos_weight, case.grid))
-    out, lse = forward.forward(
+    out, *saved = forward.forward(
         q, k, v, gate, case.grid, 0.1, row_table=row_table, col_table=col_table, config=Config(32, 32, 4, 2)
     )
-    assert lse is None and out.isfinite().all()
+    assert saved == [None, None] and out.isfinite().all()
 
 
 @np.errstate(all="ignore")
@@ -247,7 +254,7 @@ def check_special_values(launcher: Callable[..., Any]) -> None:
         q, k, v, pos_weight, gate = inputs(case)
         q[..., 0] = q[..., 0].abs() + 0.1 if isinstance(index[2], slice) else q[..., 0]
         {"q": q, "k": k, "v": v}[place][index] = value
-        out, _ = call(launcher, case, (q, k, v, pos_weight, gate))
+        out, *_ = call(launcher, case, (q, k, v, pos_weight, gate))
         eager = dense(q, k, v, kronecker(*factors(pos_weight, case.grid)), gate, case.head_dim**-0.5, None, 0.0)
         assert torch.allclose(out, eager, atol=1e-5, equal_nan=True), f"{place}{index} = {value}"
 

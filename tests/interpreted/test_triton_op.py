@@ -39,8 +39,8 @@ def test_opcheck():
     torch.library.opcheck(ops.gated_attention, (*leaves, 3, 5, 0.25, 0.0, None, True))
     philox = torch.tensor([5, 7])
     torch.library.opcheck(ops.gated_attention, (*leaves, 3, 5, 0.25, 0.3, philox, True))
-    out, lse = ops.gated_attention(*inputs[:5], 3, 5, 0.25, 0.0, None, True)
-    arguments = (inputs.grad, *inputs[:3], out, lse, *inputs[3:5], 3, 5, 0.25, 0.0, None)
+    _, lse, content = ops.gated_attention(*inputs[:5], 3, 5, 0.25, 0.0, None, True)
+    arguments = (inputs.grad, *inputs[:3], content, lse, *inputs[3:5], 3, 5, 0.25, 0.0, None)
     torch.library.opcheck(ops.gated_attention_backward, arguments)
 
 
