@@ -126,6 +126,35 @@ def selfcheck(
 
 
 @app.command()
+def tune(
+    heads: Annotated[int, typer.Option(min=1, help="Attention heads.")] = 9,
+    head_dim: Annotated[int, typer.Option(min=1, max=256, help="Channels of a head.")] = 48,
+    grid: Annotated[tuple[int, int], typer.Option(help="Rows and columns of patches.")] = (14, 14),
+    batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 128,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
+) -> None:
+    """Measures the Triton kernels' launch configurations on this GPU and keeps the fastest in the user's cache."""
+    dtypes = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
+    if dtype not in dtypes:
+        console.print(f"--dtype must be one of {', '.join(dtypes)}, not {dtype!r}", style="red")
+        raise typer.Exit(2)
+    if not torch.cuda.is_available():
+        console.print("tune measures on a GPU, and torch sees none: the table's configurations stay", style="red")
+        raise typer.Exit(1)
+    from .triton import configs
+    from .triton import tune as tuning
+
+    shape = tuning.Shape(batch, heads, grid, head_dim, dtypes[dtype])
+    found = tuning.tune(shape, torch.device("cuda"))
+    table = Table("kernel", "tried", "before", "us", "now", "us", title=f"{torch.cuda.get_device_name()}, {shape}")
+    for one in track(found, "measuring", len(configs.PASSES), console=console, transient=True):
+        cells = [("x".join(map(str, config)), f"{1e6 * seconds:.1f}") for config, seconds in (one[3:5], one[1:3])]
+        table.add_row(one.pass_name, str(one.tried), *cells[0], *cells[1])
+    console.print(table)
+    console.print(f"kept in {configs.cache_file()}")
+
+
+@app.command()
 def demo(
     model: Annotated[list[str] | None, typer.Option(help="timm model, may be repeated.")] = None,
     checkpoint: Annotated[

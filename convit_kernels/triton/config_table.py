@@ -4,17 +4,17 @@ Family/pass/regime/bytes of an element -> for each of `configs.HEAD_DIM_BUCKETS`
 """
 
 TABLE: dict[str, str] = {
-    "sm_80/forward/dense/2": "128x64x8x2 128x64x8x2 128x32x8x2 128x64x8x2 64x32x8x2 64x32x8x2 64x32x8x2 64x32x8x2 64x32x8x2",
+    "sm_80/forward/dense/2": "128x32x8x2 128x32x8x2 128x32x8x2 128x32x8x2 128x32x8x2 128x32x8x2 128x32x8x2 32x32x8x2 64x32x8x2",
     "sm_80/forward/dense/4": "32x32x4x2 32x32x4x2 32x32x4x2 32x32x4x2 32x16x4x2 32x16x4x2 32x16x4x2 16x16x8x2 16x16x8x2",
-    "sm_80/forward/factored/2": "64x32x4x2 64x32x4x2 64x32x4x2 64x32x4x2 32x32x4x2 32x32x4x2 32x32x4x2 32x16x4x2 32x16x4x2",
+    "sm_80/forward/factored/2": "128x32x8x2 128x32x8x2 128x32x8x2 128x32x8x2 64x32x8x2 64x32x8x2 64x32x8x2 32x32x8x2 32x16x4x2",
     "sm_80/forward/factored/4": "32x32x4x2 32x32x4x2 32x32x4x2 32x32x4x2 32x16x4x2 32x16x4x2 32x16x4x2 16x16x8x2 16x16x8x2",
-    "sm_80/backward_q/dense/2": "64x16x4x2 64x16x4x2 128x32x8x2 64x16x4x2 16x64x4x2 16x64x4x2 16x64x4x2 16x16x8x2 16x16x8x2",
+    "sm_80/backward_q/dense/2": "128x32x8x2 128x32x8x2 128x32x8x2 128x32x8x2 128x32x8x2 128x32x8x2 32x32x4x2 16x64x4x2 16x16x8x2",
     "sm_80/backward_q/dense/4": "16x16x8x2 16x16x8x2 16x16x8x2 16x16x8x2 16x16x8x2 16x16x8x2 16x16x8x2 16x16x8x2 16x16x8x2",
-    "sm_80/backward_kv/dense/2": "32x64x4x2 32x64x4x2 32x128x8x2 32x64x4x2 32x32x4x2 32x32x4x2 32x32x4x2 32x32x8x2 32x32x8x2",
+    "sm_80/backward_kv/dense/2": "32x128x8x2 32x128x8x2 32x128x8x2 32x128x8x2 16x32x4x2 16x32x4x2 32x64x8x2 32x32x4x2 32x32x8x2",
     "sm_80/backward_kv/dense/4": "16x32x4x2 16x32x4x2 16x32x4x2 16x32x4x2 16x32x8x2 16x32x8x2 16x32x8x2 16x32x8x2 16x32x8x2",
-    "sm_80/backward_kv/factored/2": "32x64x4x2 32x64x4x2 32x64x4x2 32x32x4x2 32x32x4x2 32x32x4x2 32x32x4x2 16x32x4x2 16x32x4x2",
+    "sm_80/backward_kv/factored/2": "32x128x8x2 32x128x8x2 32x128x8x2 32x128x8x2 16x32x4x2 16x32x4x2 32x64x8x2 32x32x4x2 16x32x4x2",
     "sm_80/backward_kv/factored/4": "16x32x4x2 16x32x4x2 16x32x4x2 16x32x4x2 16x32x8x2 16x32x8x2 16x32x8x2 16x32x8x2 16x32x8x2",
-    "sm_80/backward_position/dense/2": "128x64x8x2 128x64x8x2 64x64x4x2 128x64x8x2 128x64x8x2 128x64x8x2 128x64x8x2 64x64x8x2 64x64x8x2",
+    "sm_80/backward_position/dense/2": "64x64x4x2 64x64x4x2 64x64x4x2 64x64x4x2 64x64x4x2 64x64x4x2 64x64x4x2 128x64x8x2 64x64x8x2",
     "sm_80/backward_position/dense/4": "32x32x4x2 32x32x4x2 32x32x4x2 32x32x4x2 32x32x8x2 32x32x8x2 32x32x8x2 32x32x8x2 32x32x8x2",
     "sm_86/forward/dense/2": "128x64x8x2 128x64x8x2 128x32x8x2 128x64x8x2 64x32x8x2 64x32x8x2 64x32x8x2 64x32x8x2 64x32x8x2",
     "sm_86/forward/dense/4": "32x32x4x2 32x32x4x2 32x32x4x2 32x32x4x2 32x16x4x2 32x16x4x2 32x16x4x2 16x16x8x2 16x16x8x2",
