@@ -58,7 +58,7 @@ POSITION_PROGRAMS = 128
 
 @triton.jit
 def query_tile(
-    dq0, dq1, ds_tile, c_tile, q0, q1, do0, do1, lse, dc,
+    dq0, dq1, sum_tile, q0, q1, do0, do1, lse, dc,
     k_ptr, v_ptr, stride_kn, stride_vn, philox_ptr, batch_head, threshold, inverse_keep, logit_scale, rows, start,
     num_tokens,
     HEAD_DIM: tl.constexpr, HEAD0: tl.constexpr, HEAD1: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -77,12 +77,13 @@ def query_tile(
     if DROPOUT:
         keep = keep_mask(philox_ptr, batch_head, rows, start, threshold, BLOCK_N)
         da = tl.where(keep, da * inverse_keep, 0.0)
-    if EXACT:
-        c_tile += c
     ds = c * (da - dc[:, None])
-    ds_tile += ds
+    if EXACT:
+        sum_tile += c
+    else:
+        sum_tile += ds
     dq0, dq1 = accumulate(ds.to(k0.dtype), k0, k1, dq0, dq1, HEAD1, PRECISION)
-    return dq0, dq1, ds_tile, c_tile
+    return dq0, dq1, sum_tile
 
 
 @triton.jit
@@ -94,12 +95,14 @@ def backward_q_kernel(
     scale, logit_scale, dropout_p, batch_size, num_heads, num_tokens, num_rows,
     HEAD_DIM: tl.constexpr, HEAD0: tl.constexpr, HEAD1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, SATURATION: tl.constexpr, EXACT: tl.constexpr, DROPOUT: tl.constexpr, RAGGED: tl.constexpr,
+    PEELED: tl.constexpr,
 ):  # fmt: skip
     """dQ and the few numbers of each row that the kernel of dK and dV reads. Grid: (row blocks x images, heads).
 
     Those rows are (H, B, num_rows), num_rows a multiple of BLOCK_M: row_lse = log2 of what divides ``exp2(logit)`` to
     give ``(1 - g) C``, +inf past the last token, so that a padded row has no probability anywhere; row_dc = dc. EXACT
-    (float32): the logarithm's rounding would show, and ``(1 - g) C = exp2(logit - row_lse) * row_factor``.
+    (float32): the logarithm's rounding would show, and ``(1 - g) C = exp2(logit - row_lse) * row_factor``. RAGGED: the
+    last tile of keys reaches past the last token; PEELED: it then stands behind the loop, which so needs no masks.
     """
     row_blocks = tl.cdiv(num_tokens, BLOCK_M)
     batch = tl.program_id(0) // row_blocks
@@ -128,39 +131,37 @@ def backward_q_kernel(
 
     dq0, dq1 = zeros_pair(BLOCK_M, HEAD0, HEAD1)
     # Sums over the tiles, entry by entry: what lies in different threads is added once, at the end.
-    ds_tile = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if EXACT:
-        c_tile = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    sum_tile = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if PEELED:
+        whole = num_tokens // BLOCK_N * BLOCK_N
     else:
-        c_tile = 0.0
-    whole = num_tokens // BLOCK_N * BLOCK_N
+        whole = num_tokens
     key_step = tl.cast(stride_kn, tl.int64) * BLOCK_N
     value_step = tl.cast(stride_vn, tl.int64) * BLOCK_N
     # Where content is too small a share to matter, dQ is 0, and so is whatever the ragged tile adds: its lse is +inf.
     for start in range(0, tl.where(content < SATURATION, 0, whole), BLOCK_N):
-        dq0, dq1, ds_tile, c_tile = query_tile(
-            dq0, dq1, ds_tile, c_tile, q0, q1, do0, do1, lse, dc,
+        dq0, dq1, sum_tile = query_tile(
+            dq0, dq1, sum_tile, q0, q1, do0, do1, lse, dc,
             k_ptr, v_ptr, stride_kn, stride_vn, philox_ptr, batch_head, threshold, inverse_keep, logit_scale,
-            rows, start, num_tokens, HEAD_DIM, HEAD0, HEAD1, BLOCK_N, PRECISION, EXACT, DROPOUT, False,
+            rows, start, num_tokens, HEAD_DIM, HEAD0, HEAD1, BLOCK_N, PRECISION, EXACT, DROPOUT, RAGGED and not PEELED,
         )  # fmt: skip
         k_ptr += key_step
         v_ptr += value_step
-    if RAGGED:
-        dq0, dq1, ds_tile, c_tile = query_tile(
-            dq0, dq1, ds_tile, c_tile, q0, q1, do0, do1, lse, dc,
+    if RAGGED and PEELED:
+        dq0, dq1, sum_tile = query_tile(
+            dq0, dq1, sum_tile, q0, q1, do0, do1, lse, dc,
             k_ptr, v_ptr, stride_kn, stride_vn, philox_ptr, batch_head, threshold, inverse_keep, logit_scale,
             rows, whole, num_tokens, HEAD_DIM, HEAD0, HEAD1, BLOCK_N, PRECISION, EXACT, DROPOUT, True,
         )  # fmt: skip
 
     factor = content + tl.zeros([BLOCK_M], tl.float32)
-    missing = tl.sum(ds_tile, 1)
+    row_sum = tl.sum(sum_tile, 1)
     if EXACT:
         # A float32 lse of large logits is off by more than rounding of a probability; rows that sum to 1 again make up
         # for it. Where content has been skipped, and past the last token, the sum is 0.
-        c_sum = tl.sum(c_tile, 1)
-        c_sum = tl.where(c_sum > 0.0, c_sum, 1.0)
-        factor = factor / c_sum
-        missing = missing / c_sum
+        factor = factor / tl.where(row_sum > 0.0, row_sum, 1.0)
+    else:
+        dc += row_sum
     row_scale = (scale * factor)[:, None]
     dq0 *= row_scale
     if HEAD1 > 0:
@@ -173,7 +174,7 @@ def backward_q_kernel(
         tl.store(row_factor_ptr + row, factor)
     else:
         tl.store(row_lse_ptr + row, lse - tl.log2(content))
-    tl.store(row_dc_ptr + row, dc + missing)
+    tl.store(row_dc_ptr + row, dc)
 
 
 @triton.jit
@@ -554,6 +555,9 @@ def backward(
     block_kv = min(config_kv.block_m, config_q.block_m)
     num_rows = triton.cdiv(tokens, config_q.block_m) * config_q.block_m
     exact = q.dtype == torch.float32
+    # Products without tensor cores. Their operands go through registers, and a second copy of the tile, behind the loop,
+    # would have the compiler hold those of q and dO in registers throughout.
+    mix = exact and precision == "ieee"
     row_lse, row_dc, *more = torch.empty((2 + exact, heads, batch, num_rows), dtype=torch.float32, device=q.device)
     row_factor = more[0] if exact else None
     backward_q_kernel[triton.cdiv(tokens, config_q.block_m) * batch, heads](
@@ -561,7 +565,8 @@ def backward(
         *d_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *content.stride()[:3], *dq.stride()[:3], scale, scale * LOG2E, dropout_p, batch, heads, tokens, num_rows,
         **shape, BLOCK_M=config_q.block_m, BLOCK_N=config_q.block_n, SATURATION=saturation(q.dtype), EXACT=exact,
-        RAGGED=tokens % config_q.block_n != 0, num_warps=config_q.num_warps, num_stages=config_q.num_stages,
+        RAGGED=tokens % config_q.block_n != 0, PEELED=not mix,
+        num_warps=config_q.num_warps, num_stages=config_q.num_stages,
     )  # fmt: skip
     backward_kv_kernel[triton.cdiv(tokens, config_kv.block_n) * batch, heads](
         d_out, q, k, v, row_lse, row_dc, row_factor, gate, table, row_table, col_table, philox, dk, dv,
@@ -569,7 +574,7 @@ def backward(
         padded(tokens),
         scale, scale * LOG2E, dropout_p, batch, heads, tokens, num_rows, height, width,
         **shape, BLOCK_M=block_kv, BLOCK_N=config_kv.block_n, SATURATION=saturation(q.dtype),
-        MIX=exact and precision == "ieee", DENSE=dense, EXACT=exact,
+        MIX=mix, DENSE=dense, EXACT=exact,
         num_warps=config_kv.num_warps, num_stages=config_kv.num_stages,
     )  # fmt: skip
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from .configs import Config
 
-# Rows x columns x warps for 16-bit elements and for float32, whose IEEE products have no tensor cores and hold whole
-# rows in registers. The best first, by the model of time: more rows a program mean less traffic from L2 and fewer
-# instructions, until registers run out.
+# Rows x columns x warps for 16-bit elements and for float32. The best first, by the model of time: more rows a program
+# mean less traffic from L2 and fewer instructions, until registers run out.
 LADDERS = {
     ("forward", 2): "128x32x8 128x64x8 64x32x4 64x32x8 32x32x8 32x32x4 32x16x4 16x16x4 16x16x8",
-    ("forward", 4): "32x32x4 32x16x4 32x16x8 16x16x4 16x16x8",
+    ("forward", 4): "64x32x8 32x32x8 32x32x4 32x16x4 32x16x8 16x16x4 16x16x8",
     ("backward_q", 2): "128x32x8 64x32x4 64x16x4 64x16x8 32x32x4 16x64x4 32x16x4 16x32x8 16x16x4 16x16x8",
-    ("backward_q", 4): "32x32x4 32x16x4 16x16x4 16x16x8",
+    ("backward_q", 4): "64x64x8 64x32x8 32x64x8 32x32x8 32x32x4 32x16x8 16x32x8 16x16x8 16x16x4",
     ("backward_kv", 2): "32x128x8 32x64x4 32x64x8 32x32x4 32x32x8 16x32x4 16x32x8 16x16x4 16x16x8",
-    ("backward_kv", 4): "16x32x4 16x32x8 16x16x4 16x16x8",
+    ("backward_kv", 4): "32x64x8 32x32x8 16x64x8 16x32x8 16x32x4 16x16x4 16x16x8",
     ("backward_position", 2): "64x64x4 128x64x8 64x32x4 64x64x8 32x32x4 32x32x8 16x32x4",
-    ("backward_position", 4): "32x32x4 32x32x8 16x32x4 16x16x4 16x16x8",
+    ("backward_position", 4): "64x64x8 64x32x8 32x32x8 32x32x4 16x32x4 16x16x4 16x16x8",
 }
 
 

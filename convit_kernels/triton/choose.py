@@ -26,9 +26,8 @@ from . import budget, config_table, configs, time_model
 from .candidates import ladder
 from .machine_code import DEVICES
 
-# The dtype that a row of the table is judged by: the dearest of those that share it. That the other one fits too is for
-# the budget's matrix to show.
-DTYPES = {2: "bfloat16", 4: "float32"}
+# The dtypes that a row of the table is judged by. float16 compiles as bfloat16 does; the budget's matrix has it too.
+DTYPES = {2: ("bfloat16",), 4: ("float32", "tf32")}
 
 # Further architectures of a family whose compiled code is not that of the one it is named after.
 STRICTER = {"sm_86": ("sm_120",)}
@@ -51,11 +50,13 @@ def _fixed(chosen: dict[str, configs.Config]) -> Iterator[None]:
         yield
 
 
-def judged(pass_name: str, case: budget.Case, chosen: dict[str, configs.Config]) -> budget.Row | str:
+def judged(
+    pass_name: str, case: budget.Case, chosen: dict[str, configs.Config], *, counted: bool = False
+) -> budget.Row | str:
     """What the machine code of a pass's kernel says with these configurations, or why it is out."""
     with _fixed(chosen):
-        (row,) = budget.measure(case, only=f"{pass_name}_kernel")
-    if row.report.spills and row.report.spill_bytes:
+        (row,) = budget.measure(case, only=f"{pass_name}_kernel", counted=counted)
+    if row.report.spill_bytes:
         return f"spills {row.report.spill_bytes} bytes"
     if not row.report.fits:
         return f"needs {row.report.shared} bytes of shared memory"
@@ -84,8 +85,9 @@ def choose(device: str, itemsize: int, head_dim: int) -> tuple[dict[str, configs
             for config in ladder(pass_name, itemsize):
                 chosen[key] = config
                 cases = (
-                    budget.Case(target, pass_name.split("_")[0], DTYPES[itemsize], head_dim, regime)
+                    budget.Case(target, pass_name.split("_")[0], dtype, head_dim, regime)
                     for target in (device, *STRICTER.get(device, ()))
+                    for dtype in DTYPES[itemsize]
                 )
                 # the first that fails is enough
                 reason = next(
@@ -133,11 +135,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.prices:
         for device, size, head_dim in rows:
             for regime in configs.regimes(options.prices):
-                case = budget.Case(device, options.prices.split("_")[0], DTYPES[size], head_dim, regime)
+                case = budget.Case(device, options.prices.split("_")[0], DTYPES[size][0], head_dim, regime)
                 print(case)
                 for config in ladder(options.prices, size):
                     key = configs.table_key(device, options.prices, regime, size)
-                    found = judged(options.prices, case, {key: config})
+                    found = judged(options.prices, case, {key: config}, counted=True)
                     text = found if isinstance(found, str) else f"{1e6 * price(case, found):8.1f} {found.report}"
                     print(f"  {written(config):12} {text}", flush=True)
         return 0

@@ -514,7 +514,6 @@ class Report:
     stages: int
     registers: int
     spill_bytes: int  # of local memory a thread; includes arrays that could not be kept in registers
-    spill_instructions: int  # loads and stores of local memory, static
     shared: int
     occupancy: int  # warps an SM (a CU)
     instructions: dict[str, int] | None = None  # see `mix`; None where they were not counted
@@ -529,10 +528,6 @@ class Report:
     def fits(self) -> bool:
         """Whether the device can launch it at all."""
         return self.shared <= DEVICES[self.device].shared_per_block and self.occupancy > 0
-
-    @property
-    def spills(self) -> bool:
-        return bool(self.spill_bytes or self.spill_instructions)
 
 
 def occupancy(device: str, *, warps: int, registers: int, shared: int, tensor_memory: int = 0) -> int:
@@ -566,17 +561,14 @@ def read(compiled: Any, device: str, trips: Callable[[Loop], int] | None = None)
         numbers = dict(re.findall(r"(\w+):(\d+)", usage.split(f"Function {name}:", 1)[1].split("Function", 1)[0]))
         registers = int(numbers["REG"])
         spill_bytes = int(numbers["STACK"]) + int(numbers["LOCAL"])
-        blocks = nvidia_blocks(_run_tool("nvdisasm", binary, "-c"), name)
-        spilling = sum(opcode.startswith(("LDL", "STL")) for block in blocks for opcode in block.opcodes)
         if trips is not None:
-            opcodes = issued(blocks, trips)
+            opcodes = issued(nvidia_blocks(_run_tool("nvdisasm", binary, "-c"), name), trips)
     else:
         assembly = compiled.asm["amdgcn"]
         numbers = dict(re.findall(r"^\s+\.(\w+):\s+(\d+)\s*$", assembly, re.MULTILINE))
         # the count of vector registers includes the accumulators: one file of 512
         registers = int(numbers["vgpr_count"])
         spill_bytes = int(numbers["private_segment_fixed_size"])
-        spilling = len(re.findall(r"^\s+scratch_", assembly, re.MULTILINE))
     tensor_memory = int(getattr(metadata, "tmem_size", 0) or 0)
     return Report(
         kernel=name,
@@ -585,7 +577,6 @@ def read(compiled: Any, device: str, trips: Callable[[Loop], int] | None = None)
         stages=int(metadata.num_stages),
         registers=registers,
         spill_bytes=spill_bytes,
-        spill_instructions=spilling,
         shared=shared,
         occupancy=occupancy(device, warps=warps, registers=registers, shared=shared, tensor_memory=tensor_memory),
         instructions=None if opcodes is None else mix(opcodes),

@@ -47,7 +47,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_the_fastest_of_each_kernel_is_kept_and_the_next_is_measured_with_it(used: dict[str, Any]) -> None:
     wanted = {
         "forward": configs.Config(16, 16, 4, 3),
-        "backward_q": configs.Config(32, 16, 4, 1),
+        "backward_q": configs.Config(32, 16, 8, 1),
         "backward_kv": configs.Config(16, 16, 8, 2),
         "backward_position": configs.Config(16, 32, 4, 1),
     }
