@@ -555,7 +555,7 @@ def backward(
     block_kv = min(config_kv.block_m, config_q.block_m)
     num_rows = triton.cdiv(tokens, config_q.block_m) * config_q.block_m
     exact = q.dtype == torch.float32
-    # Products without tensor cores. Their operands go through registers, and a second copy of the tile, behind the loop,
+    # Products without tensor cores. Their operands go through registers, and a second copy of the tile behind the loop
     # would have the compiler hold those of q and dO in registers throughout.
     mix = exact and precision == "ieee"
     row_lse, row_dc, *more = torch.empty((2 + exact, heads, batch, num_rows), dtype=torch.float32, device=q.device)
