@@ -16,8 +16,7 @@ would show in d gate, a sum over all rows: what dc lacks is ``sum_j dS_ij``, add
 
 ``backward_kv_kernel``, a program for each block of keys, finds dK and dV. P^T dO is a matrix product of its own on the
 table's tile, straight from where it was loaded: it costs fewer instructions than to unpack the tile and mix it into C
-entry by entry. Only float32 products without tensor cores (MIX) do the latter, for there a product is the dearest of
-all.
+entry by entry. Only float32 does the latter: there is nothing to unpack, and products are dear.
 ``backward_position_kernel``, a program for each block of queries and group of images, sums dA over its images, which
 for a head is one long matrix product, and reduces P o dA to the few numbers that the gate and the positional weights
 need, once for all its images.
@@ -95,14 +94,15 @@ def backward_q_kernel(
     scale, logit_scale, dropout_p, batch_size, num_heads, num_tokens, num_rows,
     HEAD_DIM: tl.constexpr, HEAD0: tl.constexpr, HEAD1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, SATURATION: tl.constexpr, EXACT: tl.constexpr, DROPOUT: tl.constexpr, RAGGED: tl.constexpr,
-    PEELED: tl.constexpr,
 ):  # fmt: skip
     """dQ and the few numbers of each row that the kernel of dK and dV reads. Grid: (row blocks x images, heads).
 
     Those rows are (H, B, num_rows), num_rows a multiple of BLOCK_M: row_lse = log2 of what divides ``exp2(logit)`` to
     give ``(1 - g) C``, +inf past the last token, so that a padded row has no probability anywhere; row_dc = dc. EXACT
     (float32): the logarithm's rounding would show, and ``(1 - g) C = exp2(logit - row_lse) * row_factor``. RAGGED: the
-    last tile of keys reaches past the last token; PEELED: it then stands behind the loop, which so needs no masks.
+    last tile of keys reaches past the last token. It stands behind the loop, which so needs no masks, but not in
+    float32: there operands go through registers, and for a second copy of the tile the compiler would hold those of q
+    and dO in registers throughout.
     """
     row_blocks = tl.cdiv(num_tokens, BLOCK_M)
     batch = tl.program_id(0) // row_blocks
@@ -132,10 +132,10 @@ def backward_q_kernel(
     dq0, dq1 = zeros_pair(BLOCK_M, HEAD0, HEAD1)
     # Sums over the tiles, entry by entry: what lies in different threads is added once, at the end.
     sum_tile = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if PEELED:
-        whole = num_tokens // BLOCK_N * BLOCK_N
-    else:
+    if EXACT:
         whole = num_tokens
+    else:
+        whole = num_tokens // BLOCK_N * BLOCK_N
     key_step = tl.cast(stride_kn, tl.int64) * BLOCK_N
     value_step = tl.cast(stride_vn, tl.int64) * BLOCK_N
     # Where content is too small a share to matter, dQ is 0, and so is whatever the ragged tile adds: its lse is +inf.
@@ -143,11 +143,11 @@ def backward_q_kernel(
         dq0, dq1, sum_tile = query_tile(
             dq0, dq1, sum_tile, q0, q1, do0, do1, lse, dc,
             k_ptr, v_ptr, stride_kn, stride_vn, philox_ptr, batch_head, threshold, inverse_keep, logit_scale,
-            rows, start, num_tokens, HEAD_DIM, HEAD0, HEAD1, BLOCK_N, PRECISION, EXACT, DROPOUT, RAGGED and not PEELED,
+            rows, start, num_tokens, HEAD_DIM, HEAD0, HEAD1, BLOCK_N, PRECISION, EXACT, DROPOUT, RAGGED and EXACT,
         )  # fmt: skip
         k_ptr += key_step
         v_ptr += value_step
-    if RAGGED and PEELED:
+    if RAGGED and not EXACT:
         dq0, dq1, sum_tile = query_tile(
             dq0, dq1, sum_tile, q0, q1, do0, do1, lse, dc,
             k_ptr, v_ptr, stride_kn, stride_vn, philox_ptr, batch_head, threshold, inverse_keep, logit_scale,
@@ -183,7 +183,7 @@ def key_queries(
     table_ptr, stride_table, row_table_ptr, col_table_ptr, philox_ptr, batch_head, threshold, inverse_keep, logit_scale,
     position, first_column, num_tokens, height, width,
     HEAD_DIM: tl.constexpr, HEAD0: tl.constexpr, HEAD1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, CONTENT: tl.constexpr, POSITION: tl.constexpr, MIX: tl.constexpr, DENSE: tl.constexpr,
+    PRECISION: tl.constexpr, CONTENT: tl.constexpr, POSITION: tl.constexpr, DENSE: tl.constexpr,
     EXACT: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Walk over the queries for a block of keys. Tiles are (keys, queries), so that none has to change its layout
@@ -230,12 +230,12 @@ def key_queries(
             if EXACT:
                 c *= tl.load(row_factor_ptr + rows)[None, :]
             a = c
-            if POSITION and MIX:
+            if POSITION and EXACT:
                 a += position * p.to(tl.float32)
             if DROPOUT:
                 a = tl.where(keep, a, 0.0)
             dv0, dv1 = accumulate(a.to(do0.dtype), do0, do1, dv0, dv1, HEAD1, PRECISION)
-        if POSITION and not (CONTENT and MIX):
+        if POSITION and not (CONTENT and EXACT):
             if DROPOUT:
                 p = tl.where(keep, p, 0.0)
             pv0, pv1 = accumulate(p, do0, do1, pv0, pv1, HEAD1, PRECISION)
@@ -253,7 +253,7 @@ def key_queries(
             row_factor_ptr += BLOCK_M
         if DENSE:
             table_ptr += BLOCK_M * stride_table
-    if POSITION and not (CONTENT and MIX):
+    if POSITION and not (CONTENT and EXACT):
         dv0 += position * pv0
         if HEAD1 > 0:
             dv1 += position * pv1
@@ -270,7 +270,7 @@ def backward_kv_kernel(
     stride_table,
     scale, logit_scale, dropout_p, batch_size, num_heads, num_tokens, num_rows, height, width,
     HEAD_DIM: tl.constexpr, HEAD0: tl.constexpr, HEAD1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, SATURATION: tl.constexpr, MIX: tl.constexpr, DENSE: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr, SATURATION: tl.constexpr, DENSE: tl.constexpr, EXACT: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """dK and dV. Grid: (key blocks x images, heads). The rows are those of `backward_q_kernel`, num_rows a multiple of
@@ -309,7 +309,7 @@ def backward_kv_kernel(
             table_ptr, stride_table, row_table_ptr, col_table_ptr, philox_ptr, batch_head, threshold, inverse_keep,
             logit_scale,
             position, first_column, num_tokens, height, width,
-            HEAD_DIM, HEAD0, HEAD1, BLOCK_M, BLOCK_N, PRECISION, True, False, MIX, DENSE, EXACT, DROPOUT,
+            HEAD_DIM, HEAD0, HEAD1, BLOCK_M, BLOCK_N, PRECISION, True, False, DENSE, EXACT, DROPOUT,
         )  # fmt: skip
     elif content < SATURATION:
         dk0, dk1, dv0, dv1 = key_queries(
@@ -317,7 +317,7 @@ def backward_kv_kernel(
             table_ptr, stride_table, row_table_ptr, col_table_ptr, philox_ptr, batch_head, threshold, inverse_keep,
             logit_scale,
             position, first_column, num_tokens, height, width,
-            HEAD_DIM, HEAD0, HEAD1, BLOCK_M, BLOCK_N, PRECISION, False, True, MIX, DENSE, EXACT, DROPOUT,
+            HEAD_DIM, HEAD0, HEAD1, BLOCK_M, BLOCK_N, PRECISION, False, True, DENSE, EXACT, DROPOUT,
         )  # fmt: skip
     else:
         dk0, dk1, dv0, dv1 = key_queries(
@@ -325,7 +325,7 @@ def backward_kv_kernel(
             table_ptr, stride_table, row_table_ptr, col_table_ptr, philox_ptr, batch_head, threshold, inverse_keep,
             logit_scale,
             position, first_column, num_tokens, height, width,
-            HEAD_DIM, HEAD0, HEAD1, BLOCK_M, BLOCK_N, PRECISION, True, True, MIX, DENSE, EXACT, DROPOUT,
+            HEAD_DIM, HEAD0, HEAD1, BLOCK_M, BLOCK_N, PRECISION, True, True, DENSE, EXACT, DROPOUT,
         )  # fmt: skip
 
     dk0 *= scale
@@ -555,9 +555,6 @@ def backward(
     block_kv = min(config_kv.block_m, config_q.block_m)
     num_rows = triton.cdiv(tokens, config_q.block_m) * config_q.block_m
     exact = q.dtype == torch.float32
-    # Products without tensor cores. Their operands go through registers, and a second copy of the tile behind the loop
-    # would have the compiler hold those of q and dO in registers throughout.
-    mix = exact and precision == "ieee"
     row_lse, row_dc, *more = torch.empty((2 + exact, heads, batch, num_rows), dtype=torch.float32, device=q.device)
     row_factor = more[0] if exact else None
     backward_q_kernel[triton.cdiv(tokens, config_q.block_m) * batch, heads](
@@ -565,8 +562,7 @@ def backward(
         *d_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *content.stride()[:3], *dq.stride()[:3], scale, scale * LOG2E, dropout_p, batch, heads, tokens, num_rows,
         **shape, BLOCK_M=config_q.block_m, BLOCK_N=config_q.block_n, SATURATION=saturation(q.dtype), EXACT=exact,
-        RAGGED=tokens % config_q.block_n != 0, PEELED=not mix,
-        num_warps=config_q.num_warps, num_stages=config_q.num_stages,
+        RAGGED=tokens % config_q.block_n != 0, num_warps=config_q.num_warps, num_stages=config_q.num_stages,
     )  # fmt: skip
     backward_kv_kernel[triton.cdiv(tokens, config_kv.block_n) * batch, heads](
         d_out, q, k, v, row_lse, row_dc, row_factor, gate, table, row_table, col_table, philox, dk, dv,
@@ -574,8 +570,7 @@ def backward(
         padded(tokens),
         scale, scale * LOG2E, dropout_p, batch, heads, tokens, num_rows, height, width,
         **shape, BLOCK_M=block_kv, BLOCK_N=config_kv.block_n, SATURATION=saturation(q.dtype),
-        MIX=mix, DENSE=dense, EXACT=exact,
-        num_warps=config_kv.num_warps, num_stages=config_kv.num_stages,
+        DENSE=dense, EXACT=exact, num_warps=config_kv.num_warps, num_stages=config_kv.num_stages,
     )  # fmt: skip
 
     # A program sums over as many images as it can, then over as many keys, as long as there are programs for every

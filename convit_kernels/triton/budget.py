@@ -140,7 +140,7 @@ def trips(launch: Launch) -> Callable[[Loop], int]:
         return lambda loop: triton.cdiv(values["size"], values["BLOCK"])
     # where a kernel treats the ragged tile apart, it stands beside the loop
     walked = values.get("BLOCK_M" if "_kv_" in launch.name else "BLOCK_N", 1)
-    apart = values.get("PEELED", "RAGGED" in values) or "TAIL" in values
+    apart = "TAIL" in values or ("RAGGED" in values and not values.get("EXACT"))
     return lambda loop: values["num_tokens"] // walked if apart else triton.cdiv(values["num_tokens"], walked)
 
 

@@ -18,7 +18,12 @@ LADDERS = {
 }
 
 
-def ladder(pass_name: str, itemsize: int, num_stages: int = 2) -> list[Config]:
-    """The candidates of a pass for a dtype of ``itemsize`` bytes, the best first."""
+# Multiply-accumulates of one product beyond which float32 without tensor cores spills, after minutes of compiling.
+MOST_MACS = 64 * 32 * 128
+
+
+def ladder(pass_name: str, itemsize: int, head_dim: int, num_stages: int = 2) -> list[Config]:
+    """The candidates of a pass for a head_dim and a dtype of ``itemsize`` bytes, the best first."""
     tiles = LADDERS[pass_name, itemsize].split()
-    return [Config(*map(int, f"{tile}x{num_stages}".split("x"))) for tile in tiles]
+    found = [Config(*map(int, f"{tile}x{num_stages}".split("x"))) for tile in tiles]
+    return [one for one in found if itemsize < 4 or one.block_m * one.block_n * head_dim <= MOST_MACS]

@@ -82,7 +82,7 @@ def choose(device: str, itemsize: int, head_dim: int) -> tuple[dict[str, configs
     for pass_name in configs.PASSES:
         for regime in configs.regimes(pass_name):
             key = configs.table_key(device, pass_name, regime, itemsize)
-            for config in ladder(pass_name, itemsize):
+            for config in ladder(pass_name, itemsize, head_dim):
                 chosen[key] = config
                 cases = (
                     budget.Case(target, pass_name.split("_")[0], dtype, head_dim, regime)
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for regime in configs.regimes(options.prices):
                 case = budget.Case(device, options.prices.split("_")[0], DTYPES[size][0], head_dim, regime)
                 print(case)
-                for config in ladder(options.prices, size):
+                for config in ladder(options.prices, size, head_dim):
                     key = configs.table_key(device, options.prices, regime, size)
                     found = judged(options.prices, case, {key: config}, counted=True)
                     text = found if isinstance(found, str) else f"{1e6 * price(case, found):8.1f} {found.report}"

@@ -57,9 +57,9 @@ def on_gpu(run: Run) -> float:
     return milliseconds / 1e3
 
 
-def candidates(pass_name: str, itemsize: int) -> list[Config]:
-    """Every configuration that is measured for a kernel, for a dtype of ``itemsize`` bytes."""
-    return [config for num_stages in STAGES for config in ladder(pass_name, itemsize, num_stages)]
+def candidates(pass_name: str, itemsize: int, head_dim: int) -> list[Config]:
+    """Every configuration that is measured for a kernel, for a head_dim and a dtype of ``itemsize`` bytes."""
+    return [config for num_stages in STAGES for config in ladder(pass_name, itemsize, head_dim, num_stages)]
 
 
 def tune(shape: Shape, device: torch.device, timed: Callable[[Run], float] = on_gpu) -> Iterator[Finding]:
@@ -106,7 +106,7 @@ def tune(shape: Shape, device: torch.device, timed: Callable[[Run], float] = on_
     for pass_name in configs.PASSES:
         before = chosen[pass_name]
         seconds: dict[Config, float] = {}
-        for config in dict.fromkeys([before, *candidates(pass_name, dtype.itemsize)]):
+        for config in dict.fromkeys([before, *candidates(pass_name, dtype.itemsize, head_dim)]):
             with contextlib.suppress(triton.runtime.errors.OutOfResources):
                 seconds[config] = timed(functools.partial(run, pass_name, config))
         if not seconds:

@@ -258,13 +258,6 @@ def test_dropout(dtype: torch.dtype, dense: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_products_in_tf32_take_the_other_path(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Float32 without tensor cores mixes the maps entry by entry, everything else multiplies twice."""
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    Problem((3, 5), 48, dtype).check(dense=True)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gates", [[-30.0, 30.0], [-100.0, 100.0], [-6.0, 6.0]], ids=str)
 def test_saturated_gates(dtype: torch.dtype, gates: list[float]) -> None:
     fused = Problem((3, 5), 16, dtype, gates=gates).check(dense=True)
