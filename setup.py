@@ -6,6 +6,7 @@ this machine (torch, a compiler, nvcc) is named in the build's output, and the p
 Environment:
     CONVIT_KERNELS_CPU, CONVIT_KERNELS_CUDA   auto (the default), 0 (skip), 1 (fail when it cannot be built)
     CUDA_HOME                                 the CUDA toolkit, when it is not where nvcc says it is
+    CONVIT_KERNELS_EMULATE                    1: AVX-512's kernels are compiled for AVX2, to be tested where there is none
     TORCH_CUDA_ARCH_LIST                      for example "8.0;9.0+PTX"; default: see DEFAULT_ARCHITECTURES
 """
 
@@ -33,9 +34,13 @@ DEFAULT_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 X86 = platform.machine() in ("x86_64", "AMD64")
 # The attention's CPU kernels: one unit for each instruction set, chosen when they run, and the flags of each.
 UNITS = {"csrc/attention_portable.cpp": []}
+EMULATE = X86 and os.environ.get("CONVIT_KERNELS_EMULATE") == "1"
 if X86:
-    UNITS["csrc/attention_avx2.cpp"] = ["-mavx2", "-mfma"]
-    UNITS["csrc/attention_avx512.cpp"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+    AVX2 = ["-mavx2", "-mfma"]
+    AVX512 = AVX2 if EMULATE else [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+    UNITS["csrc/attention_avx2.cpp"] = AVX2
+    UNITS["csrc/attention_avx512.cpp"] = AVX512
+    UNITS["csrc/attention_avx512_bf16.cpp"] = AVX512 if EMULATE else [*AVX512, "-mavx512bf16"]
 
 
 class CannotBuildError(Exception):
@@ -102,6 +107,7 @@ def macros() -> list[tuple[str, str | None]]:
         ("Py_LIMITED_API", PYTHON_TARGET),
         ("CONVIT_KERNELS_INTERFACE", f'"{interface()}"'),
         *([("CONVIT_KERNELS_X86", "1")] if X86 else []),
+        *([("CONVIT_KERNELS_EMULATE", "1")] if EMULATE else []),
     ]
 
 

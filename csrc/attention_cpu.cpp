@@ -252,17 +252,13 @@ void run_backward(
   }
 }
 
+// content and lse are what other devices' backward reads; here the scores are computed anew, and all follows from them.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
     const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& content, const Tensor& lse,
     const Tensor& pos_weight, const Tensor& gate, int64_t height, int64_t width, double scale, double dropout_p,
     std::optional<Tensor> philox) {
   check_inputs(q, k, v, pos_weight, gate, height, width, dropout_p);
   check_like(d_out, q, "d_out");
-  check_parameter(lse, "lse", computed_in(q));
-  STD_TORCH_CHECK(
-      lse.dim() == 3 && lse.size(0) == q.size(0) && lse.size(1) == q.size(1) && lse.size(2) == q.size(2) &&
-          lse.is_contiguous(),
-      "lse must be what the forward returned with need_grad");
   const Tensor queries = with_adjacent_channels(q), keys = with_adjacent_channels(k), values = with_adjacent_channels(v);
   const Tensor d_outs = with_adjacent_channels(d_out);
   Tensor dq = empty_heads_last(q), dk = empty_heads_last(q), dv = empty_heads_last(q);
@@ -274,7 +270,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
   p.dq = strided(dq);
   p.dk = strided(dk);
   p.dv = strided(dv);
-  p.lse = lse.const_data_ptr();
   const BackwardKernel& kernel = kernels_for(q).backward;
   if (computed_in(q) == ScalarType::Double) {
     run_backward<double>(kernel, p, pos_weight, gate, d_pos_weight, d_gate);

@@ -38,7 +38,6 @@ struct Forward : Problem {
 
 struct Backward : Problem {
   Strided d_out, dq, dk, dv;
-  const void* lse;
 };
 
 // Sums over some queries of one image and head.
@@ -79,6 +78,7 @@ struct AttentionKernels {
 
 #ifdef CONVIT_KERNELS_X86
 extern const AttentionKernels kAttentionAvx512, kAttentionAvx2;
+extern const DtypeKernels kBFloat16Avx512;  // with the dot products of AVX512-BF16
 #endif
 extern const AttentionKernels kAttentionPortable;
 

@@ -1,5 +1,5 @@
-// The attention's kernels for the CPU: one source for every instruction set. A unit defines the size of its vectors and
-// of its register tiles and includes this file.
+// The attention's kernels for the CPU: one source for every instruction set. A unit defines the size of its vectors,
+// CONVIT_VECTOR_BYTES, and of its register tiles, CONVIT_TILE_ROWS x CONVIT_TILE_VECTORS, and includes this file.
 //
 // Scores are kept with the keys as rows and a block of queries as columns. A vector then holds one key's scores for
 // several queries, so that the softmax, its gradient and the positional part need no sum across a vector's lanes, and
@@ -8,12 +8,19 @@
 
 #include "attention_kernels.h"
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #define CONVIT_INLINE inline __attribute__((always_inline))
 
 namespace convit_kernels {
 namespace {
 
 // ---------------------------------------------------------------------------------------------------------- vectors
+
+constexpr int kVectorBytes = CONVIT_VECTOR_BYTES;
+constexpr int kTileRows = CONVIT_TILE_ROWS, kTileVectors = CONVIT_TILE_VECTORS;
 
 template <typename T>
 struct VectorOf {
@@ -41,11 +48,20 @@ CONVIT_INLINE Vector<T> broadcast(T value) {
   return value - Vector<T>{};
 }
 
-// The larger of both; `value` where it is NaN.
+// The larger of both; `value` where one is NaN. That is what the instructions do, but compilers do not know them from the
+// comparison for vectors.
+#if CONVIT_VECTOR_BYTES == 64 && defined(__AVX512F__)
+CONVIT_INLINE Vector<float> at_least(Vector<float> bound, Vector<float> value) { return _mm512_maskz_max_ps(0xffff, bound, value); }
+CONVIT_INLINE Vector<double> at_least(Vector<double> bound, Vector<double> value) { return _mm512_maskz_max_pd(0xff, bound, value); }
+#elif CONVIT_VECTOR_BYTES == 32 && defined(__AVX2__)
+CONVIT_INLINE Vector<float> at_least(Vector<float> bound, Vector<float> value) { return _mm256_max_ps(bound, value); }
+CONVIT_INLINE Vector<double> at_least(Vector<double> bound, Vector<double> value) { return _mm256_max_pd(bound, value); }
+#else
 template <typename V>
 CONVIT_INLINE V at_least(V bound, V value) {
   return bound > value ? bound : value;
 }
+#endif
 
 constexpr int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -54,6 +70,17 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
+
+// Of one vector of queries' scores, (tokens, columns), the one with the largest product with `factor`.
+template <typename T>
+CONVIT_INLINE Vector<T> largest_of(const T* scores, int64_t columns, int64_t tokens, T factor) {
+  const T sign = factor < 0 ? T(-1) : T(1);
+  Vector<T> largest = load(scores) * sign;
+  for (int64_t key = 1; key < tokens; ++key) {
+    largest = at_least(load(scores + key * columns) * sign, largest);
+  }
+  return largest * sign;
+}
 
 // 2^t for t at most 127 or so; 0 where that is no normal number; NaN stays. Adding the magic number rounds t to an
 // integer, which is then in the low bits of the sum, the exponent's bias already added: shifted, it is 2^integer.
@@ -159,15 +186,19 @@ CONVIT_INLINE void narrow(float value, Half& to) {
   to.bits = static_cast<uint16_t>(result | (bits >> 16 & 0x8000));
 }
 
-// The rows [begin, begin + rows) of one image and head, widened, `stride` apart; channels beyond the last are zero.
+template <typename S>
+S* rows_of(const Problem& p, const Strided& tensor, int64_t image_head) {
+  return static_cast<S*>(tensor.data) + image_head / p.heads * tensor.image + image_head % p.heads * tensor.head;
+}
+
+// Rows that are `stride` apart, widened, to (rows, channels); those beyond head_dim are zero.
 template <typename T, typename S>
-void copy_rows(const Strided& from, int64_t offset, int64_t begin, int64_t rows, int64_t head_dim, T* to, int64_t stride) {
-  const S* source = static_cast<const S*>(from.data) + offset + begin * from.token;
-  for (int64_t row = 0; row < rows; ++row, source += from.token, to += stride) {
+void copy_rows(const S* from, int64_t stride, int64_t rows, int64_t head_dim, T* to, int64_t channels) {
+  for (int64_t row = 0; row < rows; ++row, from += stride, to += channels) {
     for (int64_t channel = 0; channel < head_dim; ++channel) {
-      to[channel] = widen(source[channel]);
+      to[channel] = widen(from[channel]);
     }
-    for (int64_t channel = head_dim; channel < stride; ++channel) {
+    for (int64_t channel = head_dim; channel < channels; ++channel) {
       to[channel] = 0;
     }
   }
@@ -176,16 +207,15 @@ void copy_rows(const Strided& from, int64_t offset, int64_t begin, int64_t rows,
 // The inverse: `count` sources of that form, `distance` apart, are added up in order and multiplied by `factor`.
 template <typename T, typename S>
 void write_rows(
-    const T* from, int64_t stride, int64_t count, int64_t distance, T factor, const Strided& to, int64_t offset,
-    int64_t begin, int64_t rows, int64_t head_dim) {
-  S* target = static_cast<S*>(to.data) + offset + begin * to.token;
-  for (int64_t row = 0; row < rows; ++row, from += stride, target += to.token) {
+    const T* from, int64_t channels, int64_t count, int64_t distance, T factor, S* to, int64_t stride, int64_t rows,
+    int64_t head_dim) {
+  for (int64_t row = 0; row < rows; ++row, from += channels, to += stride) {
     for (int64_t channel = 0; channel < head_dim; ++channel) {
       T sum = from[channel];
       for (int64_t part = 1; part < count; ++part) {
         sum += from[part * distance + channel];
       }
-      narrow(sum * factor, target[channel]);
+      narrow(sum * factor, to[channel]);
     }
   }
 }
@@ -229,9 +259,9 @@ CONVIT_INLINE void transpose_square(V (&rows)[kCount]) {
 }
 #endif
 
-// (rows, stride) -> (channels, columns), times `factor`; both counts are whole vectors, rows beyond the last are zero.
+// (rows, channels) -> (channels, columns); channels and columns are whole vectors, rows beyond the last are zero.
 template <typename T>
-void transpose_rows(const T* from, int64_t stride, int64_t rows, int64_t channels, T factor, T* to, int64_t columns) {
+void transpose_rows(const T* from, int64_t rows, int64_t channels, T* to, int64_t columns) {
   constexpr int lanes = kLanes<T>;
   for (int64_t row = 0; row < columns; row += lanes) {
     for (int64_t channel = 0; channel < channels; channel += lanes) {
@@ -239,7 +269,7 @@ void transpose_rows(const T* from, int64_t stride, int64_t rows, int64_t channel
       Vector<T> square[lanes];
 #pragma GCC unroll 16
       for (int lane = 0; lane < lanes; ++lane) {
-        square[lane] = row + lane < rows ? load(from + (row + lane) * stride + channel) * factor : Vector<T>{};
+        square[lane] = row + lane < rows ? load(from + (row + lane) * channels + channel) : Vector<T>{};
       }
       transpose_square<1>(square);
 #pragma GCC unroll 16
@@ -250,7 +280,7 @@ void transpose_rows(const T* from, int64_t stride, int64_t rows, int64_t channel
       for (int lane = 0; lane < lanes; ++lane) {
         for (int other = 0; other < lanes; ++other) {
           to[(channel + other) * columns + row + lane] =
-              row + lane < rows ? from[(row + lane) * stride + channel + other] * factor : T(0);
+              row + lane < rows ? from[(row + lane) * channels + channel + other] : T(0);
         }
       }
 #endif
@@ -260,10 +290,39 @@ void transpose_rows(const T* from, int64_t stride, int64_t rows, int64_t channel
 
 // --------------------------------------------------------------------------------------------------------- products
 
+template <typename V>
+CONVIT_INLINE V multiply_add(V left, V right, V sum) {
+  return sum + left * right;
+}
+
+// Each element is a pair of bfloat16 numbers.
+CONVIT_INLINE Vector<float> multiply_add(Vector<uint32_t> left, Vector<uint32_t> right, Vector<float> sum) {
+#ifdef __AVX512BF16__
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(left), reinterpret_cast<__m512bh>(right));
+#else
+  const Vector<uint32_t> high = Vector<uint32_t>{} + 0xffff0000u;
+  sum += reinterpret_cast<Vector<float>>(left & high) * reinterpret_cast<Vector<float>>(right & high);
+  return sum + reinterpret_cast<Vector<float>>(left << 16) * reinterpret_cast<Vector<float>>(right << 16);
+#endif
+}
+
+// Rounded to bfloat16, in the lower halves of the elements.
+CONVIT_INLINE Vector<uint32_t> narrow_to_bfloat16(Vector<float> value) {
+#ifdef __AVX512BF16__
+  return reinterpret_cast<Vector<uint32_t>>(
+      _mm512_maskz_cvtepu16_epi32(0xffff, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value))));
+#else
+  const Vector<uint32_t> bits = reinterpret_cast<Vector<uint32_t>>(value);
+  const Vector<uint32_t> is_nan = reinterpret_cast<Vector<uint32_t>>(value != value);
+  return (((bits + 0x7fff + (bits >> 16 & 1)) >> 16) & ~is_nan) | (is_nan & 0x7fc0);
+#endif
+}
+
 // One register tile of c (+)= a b, with a (rows, depth), or (depth, rows) where kTransposed, and b (depth, channels).
-template <int kRows, int kVectors, bool kTransposed, bool kAdd, typename T>
+// The operands are numbers or pairs of them.
+template <int kRows, int kVectors, bool kTransposed, bool kAdd, typename T, typename Operand>
 CONVIT_INLINE void multiply_tile(
-    const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c, int64_t c_stride, int64_t depth) {
+    const Operand* a, int64_t a_stride, const Operand* b, int64_t b_stride, T* c, int64_t c_stride, int64_t depth) {
   constexpr int lanes = kLanes<T>;
   Vector<T> sum[kRows][kVectors];
 #pragma GCC unroll 16
@@ -274,17 +333,17 @@ CONVIT_INLINE void multiply_tile(
     }
   }
   for (int64_t step = 0; step < depth; ++step) {
-    Vector<T> right[kVectors];
+    Vector<Operand> right[kVectors];
 #pragma GCC unroll 4
     for (int vector = 0; vector < kVectors; ++vector) {
       right[vector] = load(b + vector * lanes);
     }
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {
-      const Vector<T> left = broadcast(kTransposed ? a[row] : a[row * a_stride]);
+      const Vector<Operand> left = broadcast(kTransposed ? a[row] : a[row * a_stride]);
 #pragma GCC unroll 4
       for (int vector = 0; vector < kVectors; ++vector) {
-        sum[row][vector] += left * right[vector];
+        sum[row][vector] = multiply_add(left, right[vector], sum[row][vector]);
       }
     }
     a += kTransposed ? a_stride : 1;
@@ -299,10 +358,10 @@ CONVIT_INLINE void multiply_tile(
   }
 }
 
-template <int kRows, bool kTransposed, bool kAdd, typename T>
+template <int kRows, bool kTransposed, bool kAdd, typename T, typename Operand>
 void multiply_rows(
-    const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c, int64_t c_stride, int64_t rows, int64_t vectors,
-    int64_t depth) {
+    const Operand* a, int64_t a_stride, const Operand* b, int64_t b_stride, T* c, int64_t c_stride, int64_t rows,
+    int64_t vectors, int64_t depth) {
   if constexpr (kRows > 1) {
     if (rows < kRows) {
       multiply_rows<kRows - 1, kTransposed, kAdd>(a, a_stride, b, b_stride, c, c_stride, rows, vectors, depth);
@@ -325,10 +384,10 @@ void multiply_rows(
   }
 }
 
-template <bool kTransposed, bool kAdd, typename T>
+template <bool kTransposed, bool kAdd, typename T, typename Operand>
 void multiply(
-    const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c, int64_t c_stride, int64_t rows, int64_t vectors,
-    int64_t depth) {
+    const Operand* a, int64_t a_stride, const Operand* b, int64_t b_stride, T* c, int64_t c_stride, int64_t rows,
+    int64_t vectors, int64_t depth) {
   static_assert(kTileVectors <= 3, "multiply_rows knows tiles of up to three vectors");
   for (int64_t row = 0; row < rows; row += kTileRows) {
     multiply_rows<kTileRows, kTransposed, kAdd>(
@@ -388,13 +447,15 @@ struct KeyChunks {
   int64_t rows(int64_t begin) const { return minimum(size, tokens - begin); }
 };
 
-// Scores in base 2, (tokens, columns) -> e = 2^(score - largest), for one vector of queries; returns the sums of e.
+// Scores -> e = 2^(factor * (score - largest)), for one vector of queries; returns the sums of e. Subtracting first keeps
+// differences of large scores exact.
 template <typename T>
-CONVIT_INLINE Vector<T> exponentials(T* scores, int64_t columns, int64_t tokens, Vector<T> largest) {
+CONVIT_INLINE Vector<T> exponentials(T* scores, int64_t columns, int64_t tokens, T factor, Vector<T> largest) {
   Vector<T> sum{};
+#pragma GCC unroll 4
   for (int64_t key = 0; key < tokens; ++key) {
     T* at = scores + key * columns;
-    const Vector<T> e = exp2<T>(load(at) - largest);
+    const Vector<T> e = exp2<T>((load(at) - largest) * factor);
     sum += e;
     store(at, e);
   }
@@ -423,14 +484,13 @@ void fill_factor(T linear, T quadratic, int64_t length, const T* queries, int64_
   for (int64_t at = 0; at < columns; at += kLanes<T>) {
     const Vector<T> query = load(queries + at);
     T* factor = to + at;
-    Vector<T> largest{};
     for (int64_t key = 0; key < length; ++key) {
       const Vector<T> offset = static_cast<T>(key) - query;
-      const Vector<T> logit = offset * (linear + quadratic * offset) * static_cast<T>(kLog2E);
-      largest = key == 0 ? logit : at_least(logit, largest);
-      store(factor + key * columns, logit);
+      store(factor + key * columns, offset * (linear + quadratic * offset));
     }
-    const Vector<T> scale = 1 / exponentials(factor, columns, length, largest);
+    const T base = static_cast<T>(kLog2E);
+    const Vector<T> largest = largest_of(factor, columns, length, base);
+    const Vector<T> scale = 1 / exponentials(factor, columns, length, base, largest);
     Vector<T> mean{}, mean_square{};
     for (int64_t key = 0; key < length; ++key) {
       const Vector<T> offset = static_cast<T>(key) - query;
@@ -450,27 +510,96 @@ void fill_factor(T linear, T quadratic, int64_t length, const T* queries, int64_
 
 // ---------------------------------------------------------------------------------------------------------- forward
 
-template <typename T>
+// The operands of the forward's products: numbers in the type that is computed in.
+template <typename T, typename S>
+struct Numbers {
+  using Compute = T;
+  using Operand = T;
+  static constexpr int kGroup = 1;  // numbers in an operand
+
+  static void copy_rows(const S* from, int64_t stride, int64_t rows, int64_t head_dim, T* to, int64_t channels) {
+    convit_kernels::copy_rows(from, stride, rows, head_dim, to, channels);
+  }
+  static void copy_values(const S* from, int64_t stride, int64_t rows, int64_t head_dim, T* to, int64_t channels) {
+    copy_rows(from, stride, rows, head_dim, to, channels);
+  }
+  static const T* map(const T* scores, int64_t, int64_t, T*) { return scores; }
+};
+
+// Pairs of bfloat16 numbers, for instructions that add the products of two pairs to a float: of adjacent channels in
+// queries and keys, of adjacent keys in the map and the values. An odd last one has a zero beside it.
+struct Pairs {
+  using Compute = float;
+  using Operand = uint32_t;
+  static constexpr int kGroup = 2;
+
+  static void copy_rows(
+      const BFloat16* from, int64_t stride, int64_t rows, int64_t head_dim, uint32_t* to, int64_t depth) {
+    for (int64_t row = 0; row < rows; ++row, from += stride, to += depth) {
+      for (int64_t pair = 0; pair < head_dim / 2; ++pair) {
+        to[pair] = joined(from[2 * pair], from[2 * pair + 1]);
+      }
+      for (int64_t pair = head_dim / 2; pair < depth; ++pair) {
+        to[pair] = 2 * pair < head_dim ? joined(from[2 * pair], BFloat16{0}) : 0;
+      }
+    }
+  }
+
+  static void copy_values(
+      const BFloat16* from, int64_t stride, int64_t rows, int64_t head_dim, uint32_t* to, int64_t channels) {
+    for (int64_t row = 0; row < rows; row += 2, from += 2 * stride, to += channels) {
+      for (int64_t channel = 0; channel < head_dim; ++channel) {
+        to[channel] = joined(from[channel], row + 1 < rows ? from[stride + channel] : BFloat16{0});
+      }
+      for (int64_t channel = head_dim; channel < channels; ++channel) {
+        to[channel] = 0;
+      }
+    }
+  }
+
+  static const uint32_t* map(const float* scores, int64_t columns, int64_t keys, uint32_t* to) {
+    constexpr int lanes = kLanes<float>;
+    for (int64_t key = 0; key < keys; key += 2, scores += 2 * columns) {
+      for (int64_t at = 0; at < columns; at += lanes) {
+        const Vector<float> odd = key + 1 < keys ? load(scores + columns + at) : Vector<float>{};
+        store(to + key / 2 * columns + at, narrow_to_bfloat16(load(scores + at)) | narrow_to_bfloat16(odd) << 16);
+      }
+    }
+    return to;
+  }
+
+ private:
+  static uint32_t joined(BFloat16 even, BFloat16 odd) { return even.bits | static_cast<uint32_t>(odd.bits) << 16; }
+};
+
+template <typename Operands>
 struct ForwardMemory {
+  using T = typename Operands::Compute;
+  using Operand = typename Operands::Operand;
+
   int64_t channels;  // head_dim in whole vectors
+  int64_t depth;     // head_dim in whole vectors of operands
   QueryBlocks<T> blocks;
   KeyChunks chunks;
   bool resident;  // all keys and values fit, and are copied once for many blocks
-  T *keys, *values, *queries, *transposed, *scores, *out, *x, *y, *row_factor, *col_factor;
+  Operand *keys, *values, *queries, *transposed, *map;
+  T *scores, *out, *x, *y, *row_factor, *col_factor;
   int64_t bytes;
 
   ForwardMemory(const Problem& p, void* start)
       : channels(round_up(p.head_dim, kLanes<T>)),
+        depth(round_up(ceil_div(p.head_dim, Operands::kGroup), kLanes<T>)),
         blocks(p.height * p.width, block_vectors(p)),
         chunks(p.height * p.width) {
     const int64_t tokens = p.height * p.width, columns = blocks.largest;
-    resident = 2 * tokens * channels * static_cast<int64_t>(sizeof(T)) <= 3 << 18;
+    resident = tokens * (depth + channels) * static_cast<int64_t>(sizeof(T)) <= 3 << 18;
     Memory memory(start);
-    const int64_t copied = (resident ? tokens : chunks.size) * channels;
-    keys = memory.take<T>(copied);
-    values = memory.take<T>(copied);
-    queries = memory.take<T>(columns * channels);
-    transposed = memory.take<T>(columns * channels);
+    const int64_t copied = resident ? tokens : chunks.size;
+    keys = memory.take<Operand>(copied * depth);
+    values = memory.take<Operand>(ceil_div(copied, Operands::kGroup) * channels);
+    queries = memory.take<Operand>(columns * depth);
+    transposed = memory.take<Operand>(columns * depth);
+    map = memory.take<Operand>(Operands::kGroup == 1 ? 0 : chunks.size * columns);
     out = memory.take<T>(columns * channels);
     scores = memory.take<T>(tokens * columns);
     x = memory.take<T>(columns);
@@ -503,38 +632,49 @@ CONVIT_INLINE void mix(
   }
 }
 
-template <typename T, typename S>
+template <typename Operands, typename S>
 void forward(const Forward& p, int64_t image_head, int64_t block_begin, int64_t block_end, void* start) {
-  constexpr int lanes = kLanes<T>;
-  const ForwardMemory<T> m(p, start);
-  const int64_t image = image_head / p.heads, head = image_head % p.heads, tokens = p.height * p.width;
-  const int64_t channels = m.channels, head_dim = p.head_dim;
-  const T gate = static_cast<const T*>(p.gate)[head];
+  using T = typename Operands::Compute;
+  using Operand = typename Operands::Operand;
+  constexpr int lanes = kLanes<T>, group = Operands::kGroup;
+  const ForwardMemory<Operands> m(p, start);
+  const int64_t head = image_head % p.heads, tokens = p.height * p.width;
+  const int64_t channels = m.channels, depth = m.depth, head_dim = p.head_dim;
+  const T gate = static_cast<const T*>(p.gate)[head], factor = static_cast<T>(p.scale * kLog2E);
   const T* pos_weight = static_cast<const T*>(p.pos_weight) + 3 * head;
-  const int64_t q_offset = image * p.q.image + head * p.q.head;
-  const int64_t out_offset = image * p.out.image + head * p.out.head;
+  const S* q = rows_of<S>(p, p.q, image_head);
+  const S* k = rows_of<S>(p, p.k, image_head);
+  const S* v = rows_of<S>(p, p.v, image_head);
+  S* out = rows_of<S>(p, p.out, image_head);
 
-  const auto copied = [&](const Strided& from, T* to, int64_t begin, int64_t rows) {
-    copy_rows<T, S>(from, image * from.image + head * from.head, begin, rows, head_dim, to, channels);
-    return to;
-  };
   if (m.resident) {
-    copied(p.k, m.keys, 0, tokens);
-    copied(p.v, m.values, 0, tokens);
+    Operands::copy_rows(k, p.k.token, tokens, head_dim, m.keys, depth);
+    Operands::copy_values(v, p.v.token, tokens, head_dim, m.values, channels);
   }
-  const auto chunk = [&](const Strided& from, T* to, int64_t begin, int64_t rows) {
-    return m.resident ? to + begin * channels : copied(from, to, begin, rows);
+  const auto keys_from = [&](int64_t begin, int64_t rows) -> const Operand* {
+    if (m.resident) {
+      return m.keys + begin * depth;
+    }
+    Operands::copy_rows(k + begin * p.k.token, p.k.token, rows, head_dim, m.keys, depth);
+    return m.keys;
+  };
+  const auto values_from = [&](int64_t begin, int64_t rows) -> const Operand* {
+    if (m.resident) {
+      return m.values + begin / group * channels;
+    }
+    Operands::copy_values(v + begin * p.v.token, p.v.token, rows, head_dim, m.values, channels);
+    return m.values;
   };
 
   for (int64_t block = block_begin; block < block_end; ++block) {
     const int64_t begin = m.blocks.begin(block), rows = m.blocks.rows(block), columns = m.blocks.columns(block);
-    copy_rows<T, S>(p.q, q_offset, begin, rows, head_dim, m.queries, channels);
-    transpose_rows(m.queries, channels, rows, channels, static_cast<T>(p.scale * kLog2E), m.transposed, columns);
+    Operands::copy_rows(q + begin * p.q.token, p.q.token, rows, head_dim, m.queries, depth);
+    transpose_rows(m.queries, rows, depth, m.transposed, columns);
     for (int64_t key = 0; key < tokens; key += m.chunks.size) {
       const int64_t keys = m.chunks.rows(key);
       multiply<false, false>(
-          chunk(p.k, m.keys, key, keys), channels, m.transposed, columns, m.scores + key * columns, columns, keys,
-          columns / lanes, head_dim);
+          keys_from(key, keys), depth, m.transposed, columns, m.scores + key * columns, columns, keys, columns / lanes,
+          ceil_div(head_dim, group));
     }
 
     fill_coordinates(begin, columns, p.width, m.x, m.y);
@@ -543,16 +683,13 @@ void forward(const Forward& p, int64_t image_head, int64_t block_begin, int64_t 
     Vector<T> content[kTileVectors];
     for (int64_t vector = 0; vector < columns / lanes; ++vector) {
       T* scores = m.scores + vector * lanes;
-      Vector<T> largest = load(scores);
-      for (int64_t key = 1; key < tokens; ++key) {
-        largest = at_least(load(scores + key * columns), largest);
-      }
-      const Vector<T> sum = exponentials(scores, columns, tokens, largest);
+      const Vector<T> largest = largest_of(scores, columns, tokens, factor);
+      const Vector<T> sum = exponentials(scores, columns, tokens, factor, largest);
       content[vector] = (1 - gate) / sum;
       if (p.lse != nullptr) {
         T* lse = static_cast<T*>(p.lse) + image_head * tokens + begin + vector * lanes;
         for (int64_t lane = 0; lane < minimum(lanes, rows - vector * lanes); ++lane) {
-          lse[lane] = (largest[lane] + log2(sum[lane])) * static_cast<T>(kLn2);
+          lse[lane] = largest[lane] * static_cast<T>(p.scale) + log2(sum[lane]) * static_cast<T>(kLn2);
         }
       }
     }
@@ -565,18 +702,18 @@ void forward(const Forward& p, int64_t image_head, int64_t block_begin, int64_t 
             m.scores + at, m.row_factor + at, m.col_factor + at, columns, key, key + keys, p.width, content[vector],
             gate);
       }
-      const auto product = key == 0 ? multiply<true, false, T> : multiply<true, true, T>;
+      const auto product = key == 0 ? multiply<true, false, T, Operand> : multiply<true, true, T, Operand>;
       product(
-          m.scores + key * columns, columns, chunk(p.v, m.values, key, keys), channels, m.out, channels, rows,
-          channels / lanes, keys);
+          Operands::map(m.scores + key * columns, columns, keys, m.map), columns, values_from(key, keys), channels,
+          m.out, channels, rows, channels / lanes, ceil_div(keys, group));
     }
-    write_rows<T, S>(m.out, channels, 1, 0, T(1), p.out, out_offset, begin, rows, head_dim);
+    write_rows(m.out, channels, 1, 0, T(1), out + begin * p.out.token, p.out.token, rows, head_dim);
   }
 }
 
-template <typename T>
+template <typename Operands>
 Plan forward_plan(const Problem& p) {
-  const ForwardMemory<T> memory(p, nullptr);
+  const ForwardMemory<Operands> memory(p, nullptr);
   return {memory.blocks.count, memory.bytes};
 }
 
@@ -629,10 +766,11 @@ struct BackwardMemory {
 template <typename T>
 void softmax_backward(
     T* scores, T* d_scores, const T* row_factor, const T* col_factor, int64_t columns, int64_t height, int64_t width,
-    Vector<T> lse, T gate, ScalarGradients& sums) {
+    T score_factor, T gate, ScalarGradients& sums) {
   const int64_t row_table = height * columns, col_table = width * columns;
-  // the log-sum-exp of large logits has lost digits that their differences still have: the sum restores them
-  const Vector<T> inverse = 1 / exponentials(scores, columns, height * width, lse);
+  // not from the forward's log-sum-exp: that of large logits has lost digits which their differences still have
+  const Vector<T> largest = largest_of(scores, columns, height * width, score_factor);
+  const Vector<T> inverse = 1 / exponentials(scores, columns, height * width, score_factor, largest);
 
   Vector<T> content_sum{}, position_sum{}, along_x{}, along_y{}, squares{};
   for (int64_t y = 0; y < height; ++y) {
@@ -677,28 +815,27 @@ void backward(
     ScalarGradients* sums, void* start) {
   constexpr int lanes = kLanes<T>;
   const BackwardMemory<T> m(p, start);
-  const int64_t image = image_head / p.heads, head = image_head % p.heads, tokens = p.height * p.width;
+  const int64_t head = image_head % p.heads, tokens = p.height * p.width;
   const int64_t channels = m.channels, head_dim = p.head_dim;
-  const T gate = static_cast<const T*>(p.gate)[head];
+  const T gate = static_cast<const T*>(p.gate)[head], factor = static_cast<T>(p.scale * kLog2E);
   const T* pos_weight = static_cast<const T*>(p.pos_weight) + 3 * head;
+  const S* q = rows_of<S>(p, p.q, image_head);
+  const S* d_out = rows_of<S>(p, p.d_out, image_head);
+  S* dq = rows_of<S>(p, p.dq, image_head);
   T* dk = static_cast<T*>(accumulator);
   T* dv = dk + accumulator_size<T>(p);
   *sums = {};
-
-  const auto copy = [&](const Strided& from, int64_t begin, int64_t rows, T* to) {
-    copy_rows<T, S>(from, image * from.image + head * from.head, begin, rows, head_dim, to, channels);
-  };
-  copy(p.k, 0, tokens, m.keys);
-  copy(p.v, 0, tokens, m.values);
+  copy_rows(rows_of<S>(p, p.k, image_head), p.k.token, tokens, head_dim, m.keys, channels);
+  copy_rows(rows_of<S>(p, p.v, image_head), p.v.token, tokens, head_dim, m.values, channels);
 
   for (int64_t block = block_begin; block < block_end; ++block) {
     const int64_t begin = m.blocks.begin(block), rows = m.blocks.rows(block), columns = m.blocks.columns(block);
-    copy(p.q, begin, rows, m.queries);
-    transpose_rows(m.queries, channels, rows, channels, static_cast<T>(p.scale * kLog2E), m.transposed, columns);
+    copy_rows(q + begin * p.q.token, p.q.token, rows, head_dim, m.queries, channels);
+    transpose_rows(m.queries, rows, channels, m.transposed, columns);
     multiply<false, false>(
         m.keys, channels, m.transposed, columns, m.scores, columns, tokens, columns / lanes, head_dim);
-    copy(p.d_out, begin, rows, m.d_out);
-    transpose_rows(m.d_out, channels, rows, channels, T(1), m.transposed, columns);
+    copy_rows(d_out + begin * p.d_out.token, p.d_out.token, rows, head_dim, m.d_out, channels);
+    transpose_rows(m.d_out, rows, channels, m.transposed, columns);
     multiply<false, false>(
         m.values, channels, m.transposed, columns, m.d_scores, columns, tokens, columns / lanes, head_dim);
 
@@ -706,27 +843,21 @@ void backward(
     fill_factor<true>(pos_weight[0], pos_weight[2], p.width, m.x, columns, m.col_factor);
     fill_factor<true>(pos_weight[1], pos_weight[2], p.height, m.y, columns, m.row_factor);
     for (int64_t at = 0; at < columns; at += lanes) {
-      Vector<T> lse{};
-      for (int64_t lane = 0; lane < minimum(lanes, rows - at); ++lane) {
-        lse[lane] = static_cast<const T*>(p.lse)[image_head * tokens + begin + at + lane] * static_cast<T>(kLog2E);
-      }
       softmax_backward(
-          m.scores + at, m.d_scores + at, m.row_factor + at, m.col_factor + at, columns, p.height, p.width, lse, gate,
-          *sums);
+          m.scores + at, m.d_scores + at, m.row_factor + at, m.col_factor + at, columns, p.height, p.width, factor,
+          gate, *sums);
     }
 
-    const auto accumulate = block == block_begin ? multiply<false, false, T> : multiply<false, true, T>;
+    const auto accumulate = block == block_begin ? multiply<false, false, T, T> : multiply<false, true, T, T>;
     accumulate(m.scores, columns, m.d_out, channels, dv, channels, tokens, channels / lanes, rows);
     accumulate(m.d_scores, columns, m.queries, channels, dk, channels, tokens, channels / lanes, rows);
     for (int64_t key = 0; key < tokens; key += m.chunks.size) {
-      const auto product = key == 0 ? multiply<true, false, T> : multiply<true, true, T>;
+      const auto product = key == 0 ? multiply<true, false, T, T> : multiply<true, true, T, T>;
       product(
           m.d_scores + key * columns, columns, m.keys + key * channels, channels, m.dq, channels, rows,
           channels / lanes, m.chunks.rows(key));
     }
-    write_rows<T, S>(
-        m.dq, channels, 1, 0, static_cast<T>(p.scale), p.dq, image * p.dq.image + head * p.dq.head, begin, rows,
-        head_dim);
+    write_rows(m.dq, channels, 1, 0, static_cast<T>(p.scale), dq + begin * p.dq.token, p.dq.token, rows, head_dim);
   }
   for (double& sum : sums->pos_weight) {
     sum *= gate;
@@ -736,12 +867,11 @@ void backward(
 
 template <typename T, typename S>
 void backward_finish(const Backward& p, int64_t image_head, const void* accumulators, int64_t count) {
-  const int64_t image = image_head / p.heads, head = image_head % p.heads, tokens = p.height * p.width;
-  const int64_t channels = round_up(p.head_dim, kLanes<T>), size = accumulator_size<T>(p);
+  const int64_t tokens = p.height * p.width, size = accumulator_size<T>(p);
   const T* dk = static_cast<const T*>(accumulators);
   const auto write = [&](const T* from, T factor, const Strided& to) {
-    write_rows<T, S>(
-        from, channels, count, 2 * size, factor, to, image * to.image + head * to.head, 0, tokens, p.head_dim);
+    write_rows(
+        from, size / tokens, count, 2 * size, factor, rows_of<S>(p, to, image_head), to.token, tokens, p.head_dim);
   };
   write(dk, static_cast<T>(p.scale), p.dk);
   write(dk + size, T(1), p.dv);
@@ -760,13 +890,14 @@ int64_t accumulator_bytes(const Problem& p) {
 
 // --------------------------------------------------------------------------------------------------------- the unit
 
-template <typename T, typename S>
+template <typename T, typename S, typename Operands = Numbers<T, S>>
 constexpr DtypeKernels dtype_kernels() {
   return {
-      {forward_plan<T>, forward<T, S>},
+      {forward_plan<Operands>, forward<Operands, S>},
       {backward_plan<T>, accumulator_bytes<T>, backward<T, S>, backward_finish<T, S>}};
 }
 
+template <typename = void>
 constexpr AttentionKernels attention_kernels() {
   return {
       dtype_kernels<float, float>(), dtype_kernels<double, double>(), dtype_kernels<float, BFloat16>(),

@@ -11,8 +11,19 @@ const std::vector<InstructionSet>& instruction_sets() {
 #ifdef CONVIT_KERNELS_X86
     // these ask the operating system too whether it saves the wide registers
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+#ifdef CONVIT_KERNELS_EMULATE
+    const bool avx512 = true, bf16 = true;
+#else
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+    if (bf16) {
+      static AttentionKernels with_dot_products = kAttentionAvx512;
+      with_dot_products.bfloat16 = kBFloat16Avx512;
+      found.push_back({"avx512_bf16", &with_dot_products});
+    }
+    if (avx512) {
       found.push_back({"avx512", &kAttentionAvx512});
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {

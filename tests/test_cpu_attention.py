@@ -139,13 +139,37 @@ class TestExtremes:
         assert not d_gate[1].isnan() and not d_weight[1].isnan().any()
         assert dv[0, 0].isnan().any() == (which != "v")
 
-    @pytest.mark.parametrize("value", [1e-7, 6.1e-5, 65504.0, 1e-40])
-    def test_numbers_at_the_edges_of_half_precision(self, value):
-        """Subnormal and largest numbers: with one token the output is the value itself."""
-        for dtype in (torch.float16, torch.bfloat16):
-            v = torch.full((1, 1, 1, 3), value).to(dtype)
-            out = ck.gpsa_attention(v, v, v, torch.zeros(1, 3), torch.zeros(1), backend="cpu")
-            assert torch.equal(out, v)
+    @pytest.mark.parametrize(
+        ("dtype", "value"),
+        [
+            (torch.float16, 1e-7),  # subnormal
+            (torch.float16, 6.1e-5),
+            (torch.float16, 65504.0),
+            (torch.bfloat16, 1.2e-38),
+            (torch.bfloat16, 1e38),
+        ],
+    )
+    def test_numbers_at_the_edges_of_half_precision(self, dtype, value):
+        """With one token the output is the value itself."""
+        v = torch.full((1, 1, 1, 3), value).to(dtype)
+        q = torch.ones_like(v)
+        out = ck.gpsa_attention(q, q, v, torch.zeros(1, 3), torch.zeros(1), backend="cpu")
+        assert torch.equal(out, v)
+
+    def test_half_precision_rounds_to_nearest(self):
+        """Every float16 number and its neighbours' middle, against torch's own conversion; NaN and infinity too."""
+        every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+        v = every.view(1, -1, 1, 16).transpose(0, 1).reshape(-1, 1, 1, 16)
+        q, pos_weight = torch.zeros_like(v), torch.zeros(1, 3)
+        out = ck.gpsa_attention(q, q, v, pos_weight, torch.zeros(1), backend="cpu")
+        assert torch.equal(out.nan_to_num(nan=0.0), v.nan_to_num(nan=0.0))
+        assert torch.equal(out.isnan(), v.isnan())
+        # two tokens with weights of one half each: sums of neighbours fall between two numbers
+        pair = torch.stack((v, v.roll(1, 0)), dim=2).view(-1, 1, 2, 16)
+        q = torch.zeros_like(pair)
+        out = ck.gpsa_attention(q, q, pair, pos_weight, torch.zeros(1), grid_size=(1, 2), backend="cpu")[:, 0, 0]
+        expected = (pair[:, 0].float() / 2).sum(1).to(torch.float16)
+        assert torch.equal(out.nan_to_num(nan=0.0), expected.nan_to_num(nan=0.0))
 
 
 class TestLayout:
