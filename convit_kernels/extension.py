@@ -37,3 +37,17 @@ def _load(name: str) -> str | None:
 
 # name -> None when loaded, else the reason why not
 status: dict[str, str | None] = {name: _load(name) for name in ("_C", "_C_cuda")}
+
+
+def instruction_sets() -> list[str]:
+    """Those that the CPU's attention kernels are built for and this processor runs, the fastest first."""
+    return list(importlib.import_module("._C", __package__).instruction_sets())
+
+
+def instruction_set() -> str:
+    """The one in use: the fastest, or the one that the environment variable CONVIT_KERNELS_ISA names.
+
+    Raises:
+        RuntimeError: that variable names none of `instruction_sets()`.
+    """
+    return str(importlib.import_module("._C", __package__).instruction_set())
