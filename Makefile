@@ -22,9 +22,10 @@ test: $(VENV)/built
 	$(BIN)/python -m pytest tests $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted $(ARGS)
 
-# Registers, shared memory and instructions of the Triton kernels on GPUs that need not be here.
+# Registers, shared memory and instructions of the Triton kernels on GPUs that need not be here, held to the budget's
+# file: all at the paper's size, and a sample of every configuration that can be chosen (ARGS=--all: each, half an hour).
 kernels: $(VENV)/built
-	$(BIN)/python -m convit_kernels.triton.budget $(ARGS)
+	$(BIN)/python -m convit_kernels.triton.budget --check --sample 61 --jobs 2 $(ARGS)
 
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)

@@ -68,8 +68,7 @@ def judged(
 
 def price(case: budget.Case, row: budget.Row) -> float:
     """Model, not measurement: the cubic mean of the units' times, near the slowest unit but with a price on the others,
-    since no
-    run overlaps them wholly, times ``1 + 2 / (warps an SM)`` for the latency that few warps cannot hide."""
+    since no run overlaps them wholly, times ``1 + 2 / (warps an SM)`` for the latency that few warps cannot hide."""
     times = time_model.model(MODELS.get(case.device, time_model.A100), row, case.dtype, checked=False).values()
     return float(sum(time**3 for time in times) ** (1 / 3) * (1 + 2 / row.report.occupancy))
 
