@@ -49,7 +49,8 @@ sanitize: $(VENV)/built
 	rm -f $(SANITIZED)/convit_kernels/*.so
 	cd $(SANITIZED) && CONVIT_KERNELS_CPU=1 CONVIT_KERNELS_CUDA=0 CXXFLAGS="$(SANITIZERS)" \
 		LDFLAGS="$(SANITIZERS)" $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
-	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" \
+	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		$(abspath $(BIN))/python -m pytest $(abspath tests)/test_cpu_attention.py $(abspath tests)/test_relpos.py \
 		-k "not Memory and not compile and not inductor" $(ARGS)
 
