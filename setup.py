@@ -37,7 +37,7 @@ UNITS = {"csrc/attention_portable.cpp": []}
 EMULATE = X86 and os.environ.get("CONVIT_KERNELS_EMULATE") == "1"
 if X86:
     AVX2 = ["-mavx2", "-mfma"]
-    AVX512 = AVX2 if EMULATE else [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+    AVX512 = [*AVX2, "-Wno-psabi"] if EMULATE else [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
     UNITS["csrc/attention_avx2.cpp"] = AVX2
     UNITS["csrc/attention_avx512.cpp"] = AVX512
     UNITS["csrc/attention_avx512_bf16.cpp"] = AVX512 if EMULATE else [*AVX512, "-mavx512bf16"]
