@@ -6,7 +6,7 @@ this machine (torch, a compiler, nvcc) is named in the build's output, and the p
 Environment:
     CONVIT_KERNELS_CPU, CONVIT_KERNELS_CUDA   auto (the default), 0 (skip), 1 (fail when it cannot be built)
     CUDA_HOME                                 the CUDA toolkit, when it is not where nvcc says it is
-    CONVIT_KERNELS_EMULATE                    1: AVX-512's kernels are compiled for AVX2, to be tested where there is none
+    CONVIT_KERNELS_EMULATE                    1: AVX-512's CPU kernels are compiled for AVX2, to test them there
     TORCH_CUDA_ARCH_LIST                      for example "8.0;9.0+PTX"; default: see DEFAULT_ARCHITECTURES
 """
 
@@ -37,7 +37,7 @@ UNITS = {"csrc/attention_portable.cpp": []}
 EMULATE = X86 and os.environ.get("CONVIT_KERNELS_EMULATE") == "1"
 if X86:
     AVX2 = ["-mavx2", "-mfma"]
-    AVX512 = AVX2 if EMULATE else [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+    AVX512 = [*AVX2, "-Wno-psabi"] if EMULATE else [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
     UNITS["csrc/attention_avx2.cpp"] = AVX2
     UNITS["csrc/attention_avx512.cpp"] = AVX512
     UNITS["csrc/attention_avx512_bf16.cpp"] = AVX512 if EMULATE else [*AVX512, "-mavx512bf16"]
@@ -152,7 +152,8 @@ class BuildNative(build_ext):
         include = torch / "include"
         ext.include_dirs += [str(include)]
         ext.library_dirs += [str(torch / "lib")]
-        ext.extra_compile_args = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall"]
+        optimisation = [] if "-O" in os.environ.get("CXXFLAGS", "") else ["-O3"]
+        ext.extra_compile_args = ["-std=c++17", *optimisation, "-g0", "-fvisibility=hidden", "-Wall"]
         if ext.name.endswith("_cuda"):
             self.prepare_cuda(ext, include)
         else:

@@ -1,6 +1,6 @@
 """Loads the native libraries `_C` (CPU) and `_C_cuda`, and remembers why one of them is not there.
 
-Loading a library registers its kernels with torch's dispatcher; nothing in Python calls into it directly. A library
+Loading a library registers its kernels with torch's dispatcher; nothing in Python calls them directly. A library
 that is missing, broken or built for other op schemas never stops the import: its ops fall back to PyTorch, and `status`
 says why.
 """

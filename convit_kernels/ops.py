@@ -155,3 +155,11 @@ def _attention_vjp(ctx: Any, d_out: Tensor, d_lse: Tensor, d_content: Tensor) ->
 torch.library.register_autograd(
     f"{NAMESPACE}::gated_attention", _attention_vjp, setup_context=_save_attention, lib=_library
 )
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("the fused attention has no second derivative: take backend='reference'")
+
+
+# without it autograd would warn and go on as if the gradients were constants
+torch.library.register_autograd(f"{NAMESPACE}::gated_attention_backward", _no_second_derivative, lib=_library)

