@@ -38,7 +38,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     options.addoption("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of all tensors")
     options.addoption("--contenders", default="", help="only these, comma-separated; eager is always run beside")
     options.addoption("--row-seconds", type=float, default=0.8, help="about how long one row is timed")
-    options.addoption("--minutes", type=float, help="begin no more groups after that (default: 9, or none with --sweep)")
+    options.addoption(
+        "--minutes", type=float, help="begin no more groups after that (default: 9, or none with --sweep)"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -86,5 +88,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         # a log file has no width of its own: the table's must not be cut to 80 columns
         console = Console(width=None if terminalreporter.isatty else 110)
         console.print(*tables(rows, config.stash[LOG].not_measured), sep="\n")
-
-

@@ -13,11 +13,11 @@ import time
 
 import pytest
 
-from convit_kernels.accuracy import Accuracy, judge
-from convit_kernels.contenders import EAGER, CannotRun, Contender, Task, build, label
+from convit_kernels.accuracy import Accuracy, WrongResultsError, judge, require_right
+from convit_kernels.contenders import EAGER, CannotRunError, Contender, Task, build
 from convit_kernels.machine import machine
 from convit_kernels.measure import (
-    OutOfMemory,
+    DoesNotFitError,
     arithmetic_peak,
     flush_cache,
     memory_limit,
@@ -47,16 +47,17 @@ class Match:
             try:
                 self.contenders[name] = build(task, name)
                 candidates[name] = self.contenders[name] if checked == task else build(checked, name)
-            except CannotRun as reason:
+            except CannotRunError as reason:
                 self.reasons[name] = str(reason)
         with memory_limit(task.device):
             self.accuracy: dict[str, Accuracy] = judge(checked, candidates)
 
     def check(self) -> None:
         """Fails where any contender of the group is wrong."""
-        wrong = [f"{label(name)}: {found}" for name, found in self.accuracy.items() if not found.passed]
-        if wrong:
-            pytest.fail(f"wrong results, so nothing is timed in this group. {'; '.join(wrong)}", pytrace=False)
+        try:
+            require_right(self.accuracy)
+        except WrongResultsError as reason:
+            pytest.fail(str(reason), pytrace=False)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def match(request: pytest.FixtureRequest, log) -> Match:
         log.leave_out(task, names, "the set's minutes were spent: --minutes gives more")
     try:
         return Match(task, names)
-    except OutOfMemory as reason:
+    except DoesNotFitError as reason:
         log.leave_out(task, names, f"out of memory: float64, which the gate needs, does not fit: {reason}")
 
 
@@ -81,13 +82,13 @@ def test_convit(benchmark, match: Match, name: str, request: pytest.FixtureReque
             resident = peak_resident(call)
             peak = peak_memory(call, device)
             once = seconds(call, device)
-    except OutOfMemory as reason:
+    except DoesNotFitError as reason:
         log.leave_out(task, [name], f"out of memory: {reason}")
     try:
         with memory_limit(device):
             eager()
             once += seconds(eager, device)
-    except OutOfMemory:
+    except DoesNotFitError:
         eager = None
 
     times: list[float] = []

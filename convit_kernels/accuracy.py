@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .contenders import EAGER, FLOOR, Contender, Task, build
+from .contenders import EAGER, FLOOR, Contender, Task, build, label
 
 ROUNDINGS = 4  # of a result's largest value; torch's own fused attention takes that many more than eager in float32
 INPUTS = ("q", "k", "v", "x")
@@ -33,6 +33,10 @@ class Accuracy(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.result}: error {self.error:.1e} against float64, allowed {self.allowed:.1e}"
+
+
+class WrongResultsError(Exception):
+    """Some contender is wrong, so that no time of the group means anything; the text says which and how far."""
 
 
 def _results(task: Task, contender: Contender) -> dict[str, Tensor | None]:
@@ -65,11 +69,7 @@ def _errors(results: Mapping[str, Tensor | None], exact: Mapping[str, Tensor | N
 
 
 def judge(task: Task, contenders: Mapping[str, Contender]) -> dict[str, Accuracy]:
-    """The accuracy of each contender but the floor, which computes something else; eager's own against itself.
-
-    Raises:
-        RuntimeError: there is not enough memory for float64; see `measure.memory_limit`.
-    """
+    """The accuracy of each contender but the floor, which computes something else; eager's own against itself."""
     truth = _results(task, build(task, EAGER, exact=True))
     found = {name: _errors(_results(task, one), truth) for name, one in contenders.items() if name != FLOOR}
     eager = found[EAGER] if EAGER in found else _errors(_results(task, build(task, EAGER)), truth)
@@ -79,3 +79,10 @@ def judge(task: Task, contenders: Mapping[str, Contender]) -> dict[str, Accuracy
         each = [Accuracy(key, error, eager[key], 2 * eager[key] + floor) for key, error in errors.items()]
         judged[name] = max(each, key=lambda accuracy: accuracy.error / accuracy.allowed)
     return judged
+
+
+def require_right(judged: Mapping[str, Accuracy]) -> None:
+    """Raises WrongResultsError unless every contender has passed."""
+    wrong = [f"{label(name)}: {found}" for name, found in judged.items() if not found.passed]
+    if wrong:
+        raise WrongResultsError("wrong results, so nothing is timed here. " + "; ".join(wrong))

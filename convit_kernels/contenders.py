@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.models.convit import GPSA as TimmGPSA
+from timm.models.convit import GPSA as ReferenceGPSA  # noqa: N811
 from timm.models.convit import ConVit
 from torch import Tensor, nn
 
@@ -37,10 +37,10 @@ DEPTH, GPSA_BLOCKS, PATCH, CLASSES = 12, 10, 16, 1000
 PARTS = {"attention": "attention", "layer": "GPSA layer", "model": "whole model"}
 
 EAGER, COMPILED, FLOOR = "eager", "compile", "sdpa"
-LABELS = {EAGER: "timm, eager", COMPILED: "timm, torch.compile", FLOOR: "SDPA, content only", "auto": "ours"}
+LABELS = {EAGER: "timm, eager", COMPILED: "timm, torch.compile", FLOOR: "SDPA, content only", "auto": "ours, automatic"}
 
 
-class CannotRun(Exception):
+class CannotRunError(Exception):
     """A contender has no part in a task; the text says why."""
 
 
@@ -73,6 +73,7 @@ class Task(NamedTuple):
         """
         dim, n = ARCHITECTURES[self.model].dim, self.tokens
         attention, projections = 4 * n * n * dim, 8 * n * dim * dim
+        forward: float
         if self.part == "attention":
             forward = attention
         elif self.part == "layer":
@@ -128,7 +129,7 @@ def perturb(model: nn.Module) -> None:
     """
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, TimmGPSA):
+            if isinstance(module, ReferenceGPSA):
                 module.gating_param.add_(1.5 * torch.randn_like(module.gating_param))
                 module.pos_proj.weight.mul_(1 + 0.3 * torch.randn_like(module.pos_proj.weight))
                 module.qk.weight.mul_(3)
@@ -163,11 +164,11 @@ def label(name: str) -> str:
 
 
 def _check_device(task: Task, name: str) -> None:
-    """Raises CannotRun for a backend that would leave the task to another one."""
+    """Raises CannotRunError for a backend that would leave the task to another one."""
     if name == "triton" and not task.device.startswith("cuda"):
-        raise CannotRun("the Triton kernels run on GPUs")
+        raise CannotRunError("the Triton kernels run on GPUs")
     if name == "cpu" and task.device.startswith("cuda"):
-        raise CannotRun("the C++ kernels run on CPUs")
+        raise CannotRunError("the C++ kernels run on CPUs")
 
 
 def build(task: Task, name: str, exact: bool = False) -> Contender:
@@ -176,7 +177,7 @@ def build(task: Task, name: str, exact: bool = False) -> Contender:
     Compiled contenders compile at their first call.
 
     Raises:
-        CannotRun: this contender cannot do this task here; the text says why.
+        CannotRunError: this contender cannot do this task here; the text says why.
         ValueError: there is no such contender.
     """
     backend = None if name == "auto" else name
@@ -184,12 +185,12 @@ def build(task: Task, name: str, exact: bool = False) -> Contender:
         try:
             check_backend(backend)
         except RuntimeError as error:
-            raise CannotRun(str(error)) from error
+            raise CannotRunError(str(error)) from error
         _check_device(task, name)
     if name == COMPILED and (reason := _why_not_compiled(task.device)):
-        raise CannotRun(reason)
+        raise CannotRunError(reason)
     if name == FLOOR and task.part != "attention":
-        raise CannotRun("SDPA alone is a part of a layer, without position")
+        raise CannotRunError("SDPA alone is a part of a layer, without position")
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(0)
     try:
@@ -221,7 +222,7 @@ def eager_attention(
 
 def _attention(task: Task, name: str, backend: str | None, exact: bool) -> Contender:
     _, dim, heads = ARCHITECTURES[task.model]
-    layer = TimmGPSA(dim, heads)
+    layer = ReferenceGPSA(dim, heads)
     layer.local_init()
     perturb(layer)
     shape = (task.batch, task.tokens, heads, dim // heads)
@@ -237,25 +238,27 @@ def _attention(task: Task, name: str, backend: str | None, exact: bool) -> Conte
         "gate": _rounded(layer.gating_param, task, exact),
     }
     leaves = {key: leaf.detach().requires_grad_(task.backward) for key, leaf in leaves.items()}
+    q, k, v, pos_weight, gate = leaves.values()
     scale = layer.scale
 
     if name in (EAGER, COMPILED):
         rel_indices = _rounded(layer.get_rel_indices(task.tokens), task, exact)
         function = _compiled(eager_attention) if name == COMPILED else eager_attention
-        return Contender(lambda: function(*leaves.values(), rel_indices, scale), leaves, d_out)
+        return Contender(lambda: function(q, k, v, pos_weight, gate, rel_indices, scale), leaves, d_out)
     if name == FLOOR:
-        content = [leaves[key] for key in "qkv"]
-        return Contender(lambda: F.scaled_dot_product_attention(*content, scale=scale), leaves, d_out)
-    return Contender(
-        lambda: gpsa_attention(*leaves.values(), grid_size=task.side, scale=scale, backend=backend), leaves, d_out
-    )
+        return Contender(lambda: F.scaled_dot_product_attention(q, k, v, scale=scale), leaves, d_out)
+
+    def ours() -> Tensor:
+        return gpsa_attention(q, k, v, pos_weight, gate, grid_size=task.side, scale=scale, backend=backend)
+
+    return Contender(ours, leaves, d_out)
 
 
 def _module(task: Task, name: str, backend: str | None, exact: bool) -> Contender:
     _, dim, heads = ARCHITECTURES[task.model]
     module: Any
     if task.part == "layer":
-        module = TimmGPSA(dim, heads)
+        module = ReferenceGPSA(dim, heads)
         module.local_init()
         perturb(module)
         x, d_out = torch.randn(2, task.batch, task.tokens, dim)

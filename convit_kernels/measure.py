@@ -30,9 +30,21 @@ class Spread(NamedTuple):
 def spread(samples: Sequence[float]) -> Spread:
     """Percentiles by linear interpolation; of one value, that value thrice."""
     if len(samples) == 1:
-        return Spread(*samples * 3)
+        return Spread(samples[0], samples[0], samples[0])
     tenths = statistics.quantiles(samples, n=10, method="inclusive")
     return Spread(tenths[1], tenths[4], tenths[7])
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError unless it names this machine's CPU or a GPU of it."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = "unknown"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU on this machine")
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, but is {device!r}")
 
 
 def is_cuda(device: str) -> bool:
@@ -62,7 +74,7 @@ def seconds(function: Call, device: str) -> float:
         function()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return float(start.elapsed_time(end)) / 1e3
     begin = time.perf_counter()
     function()
     return time.perf_counter() - begin
@@ -134,13 +146,13 @@ def peak_resident(function: Call) -> int | None:
     return max(0, _resident("VmHWM") - before)
 
 
-class OutOfMemory(Exception):
+class DoesNotFitError(Exception):
     """A call needs more memory than the machine has; the text says what it asked for."""
 
 
 @contextmanager
 def memory_limit(device: str) -> Iterator[None]:
-    """Within it, asking for more memory than is free raises OutOfMemory.
+    """Within it, asking for more memory than is free raises DoesNotFitError.
 
     On a CPU the system would otherwise end the process: the address space is limited to what is in use and free now.
     """
@@ -156,7 +168,7 @@ def memory_limit(device: str) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         if "can't allocate memory" in str(error) or isinstance(error, MemoryError | torch.OutOfMemoryError):
-            raise OutOfMemory(str(error).splitlines()[0]) from error
+            raise DoesNotFitError(str(error).splitlines()[0]) from error
         raise
     finally:
         if limited:

@@ -4,15 +4,17 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator
 
 from .contenders import ARCHITECTURES, COMPILED, EAGER, FLOOR, PARTS, label
 
 if TYPE_CHECKING:
+    from .profile import Profile
     from .report import NotMeasured, Row
 
 # Okabe and Ito's palette: told apart by the colour-blind, on white and on black
@@ -34,7 +36,7 @@ DARK = {"text": "#e6e6e6", "grid": "#4a4a4a", "background": "none"}
 PRINT = LIGHT | {"background": "white"}
 
 
-def style(palette: Mapping[str, str]) -> dict[str, object]:
+def style(palette: Mapping[str, str]) -> dict[Any, Any]:
     """matplotlib's settings for a palette; text stays text in an SVG, and equal figures are equal files."""
     return {
         "svg.fonttype": "none",
@@ -178,7 +180,12 @@ def growth(rows: Sequence["Row"], not_measured: Sequence["NotMeasured"], axis: s
                     ys = [1e3 * row.time.p50 if what == "time" else row.peak_memory / 1e6 for row in mine]
                     slope = f" ({fit(xs, ys).slope:.2f})" if len(set(xs)) >= 2 else ""
                     ax.plot(
-                        xs, ys, color=colour(name), marker=MARKERS.get(name, "X"), markersize=5, label=label(name) + slope
+                        xs,
+                        ys,
+                        color=colour(name),
+                        marker=MARKERS.get(name, "X"),
+                        markersize=5,
+                        label=label(name) + slope,
                     )
                     lost = sorted(sizes[group] for group, who in ended if who == name and group in groups)
                     if lost:
@@ -190,4 +197,90 @@ def growth(rows: Sequence["Row"], not_measured: Sequence["NotMeasured"], axis: s
                 ax.minorticks_off()
                 ax.set_title(f"{title}: {what}", fontsize=9)
                 ax.legend(title="(fitted exponent)", fontsize=8, title_fontsize=8)
+    return made
+
+
+PHASE_COLOURS = {
+    "projections": "#0072B2",
+    "content": "#E69F00",
+    "position": "#CC79A7",
+    "mix": "#D55E00",
+    "attention": "#009E73",
+    "output": "#56B4E9",
+    "rest": "#999999",
+    "compiled": "#F0E442",
+}
+WIDTH = 5.0  # inches: a figure is still legible when a narrow screen shrinks it
+
+
+def time_by_phase(found: "Profile") -> Figure:
+    """A bar for each contender, stacked by phase, in milliseconds."""
+    made, (ax,) = figure(WIDTH, 1.9 + 0.45 * len(found.contenders))
+    names = [label(one.name) for one in found.contenders]
+    starts = [0.0] * len(names)
+    for phase, shade in PHASE_COLOURS.items():
+        widths = [1e3 * one.phases[phase].seconds if phase in one.phases else 0.0 for one in found.contenders]
+        if any(widths):
+            ax.barh(names, widths, left=starts, color=shade, label=phase, height=0.6)
+            starts = [start + width for start, width in zip(starts, widths, strict=True)]
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel("ms, in the profiled call")
+    made.legend(loc="outside upper center", ncols=4, fontsize=9, handlelength=1, columnspacing=1)
+    return made
+
+
+def memory_over_time(found: "Profile") -> Figure:
+    """Bytes that torch's allocator holds, from the beginning of the call to its end."""
+    made, (ax,) = figure(WIDTH, 3.0)
+    for one in found.contenders:
+        if one.memory:
+            first = one.memory[0][0]
+            times = [1e3 * (moment - first) for moment, _ in one.memory]
+            in_use = [held / 1e6 for _, held in one.memory]
+            ax.step(times, in_use, where="post", color=colour(one.name), label=label(one.name), linewidth=1.3)
+    ax.set(xlabel="ms, in the profiled call", ylabel="MB in use")
+    ax.set_ylim(bottom=0)
+    made.legend(loc="outside upper center", ncols=2, fontsize=9)
+    return made
+
+
+def roofline(found: "Profile") -> Figure:
+    """Rate against intensity: the useful arithmetic over the bytes that a contender's operators read and write."""
+    made, (ax,) = figure(WIDTH, 3.2)
+    flops, points = found.task.flops(), [one for one in found.contenders if one.traffic]
+    intensities = [flops / one.traffic for one in points if one.traffic]
+    knee = found.arithmetic.rate / found.bandwidth.rate
+    low, high = min([*intensities, knee]) / 3, max([*intensities, knee]) * 4
+    roof = [(x, min(x * found.bandwidth.rate, found.arithmetic.rate) / 1e9) for x in (low, knee, high)]
+    ax.plot(*zip(*roof, strict=True), color=mpl.rcParams["text.color"], linewidth=1.3)
+    ax.annotate(
+        f"{found.arithmetic.rate / 1e9:.0f} GFLOP/s", roof[2], xytext=(-4, 4), textcoords="offset points", ha="right"
+    )
+    ax.annotate(
+        f"{found.bandwidth.rate / 1e9:.1f} GB/s",
+        roof[0],
+        xytext=(8, 0),
+        textcoords="offset points",
+        va="top",
+        fontsize=9,
+    )
+    for one, intensity in zip(points, intensities, strict=True):
+        rate = flops / sorted(one.seconds)[len(one.seconds) // 2] / 1e9
+        ax.plot(
+            intensity,
+            rate,
+            color=colour(one.name),
+            marker=MARKERS.get(one.name, "X"),
+            ls="",
+            ms=9,
+            label=label(one.name),
+        )
+    ax.set(xscale="log", yscale="log", xlabel="FLOP for each byte its operators move", ylabel="GFLOP/s")
+    ax.set_ylim(top=ax.get_ylim()[1] * 2)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        axis.set_major_formatter(FormatStrFormatter("%g"))
+    ax.minorticks_off()
+    made.legend(loc="outside upper center", ncols=2, fontsize=9)
     return made

@@ -33,7 +33,9 @@ class Row:
     contender: str
     seconds: list[float]
     eager_seconds: list[float]  # of eager timm, each just before one of ours; empty where it ran out of memory
-    error: float | None  # largest against float64, relative to its result's largest value; None: computes something else
+    error: (
+        float | None
+    )  # largest against float64, relative to its result's largest value; None: computes something else
     eager_error: float | None
     allowed_error: float | None
     peak_memory: int
@@ -219,7 +221,13 @@ def comparison(new: Results, old: Results) -> list[Table | str]:
     changes = compare(new.rows, old.rows)
     ours = [change for change in changes if change.contender != EAGER]
     table = Table(box=SIMPLE, pad_edge=False, title="Changes since the older results", title_justify="left")
-    for heading, justify in (("", "left"), ("time", "right"), ("noise", "right"), ("contender", "left"), ("task", "left")):
+    for heading, justify in (
+        ("", "left"),
+        ("time", "right"),
+        ("noise", "right"),
+        ("contender", "left"),
+        ("task", "left"),
+    ):
         table.add_column(heading, justify=justify, no_wrap=heading != "task")  # type: ignore[arg-type]
     for change in ours:
         if change.verdict in ("slower", "faster"):
@@ -234,9 +242,9 @@ def comparison(new: Results, old: Results) -> list[Table | str]:
     counts = {verdict: sum(c.verdict == verdict for c in ours) for verdict in ("slower", "faster", "same", "unclear")}
     keys = [{(row.group, row.contender) for row in results.rows} for results in (new, old)]
     summary = (
-        f"{counts['slower']} slower, {counts['faster']} faster, {counts['same']} the same, {counts['unclear']} too noisy "
-        f"to show a change of {MUST_SHOW:g} times. Only in the new results: {len(keys[0] - keys[1])}, only in the old: "
-        f"{len(keys[1] - keys[0])}. Times are relative to eager's in the same run; noise is what chance explains."
+        f"{counts['slower']} slower, {counts['faster']} faster, {counts['same']} the same, {counts['unclear']} too "
+        f"noisy to show a change of {MUST_SHOW:g} times. Only in the new results: {len(keys[0] - keys[1])}, only in "
+        f"the old: {len(keys[1] - keys[0])}. Times are relative to eager's in the same run; noise is what chance explains."
     )
     here, there = describe(new.machine), describe(old.machine)
     machines = f"new: {here}\nold: {there}"
