@@ -74,8 +74,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("match", "name"), cases, indirect=["match"], scope="module")
 
 
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    machine_info["convit_kernels"] = machine()
+def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict:
+    return {"convit_kernels": machine()}
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict) -> None:

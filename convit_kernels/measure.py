@@ -35,6 +35,12 @@ def spread(samples: Sequence[float]) -> Spread:
     return Spread(tenths[1], tenths[4], tenths[7])
 
 
+def milliseconds(seconds: float) -> str:
+    """Three or more significant digits, without a unit."""
+    value = 1e3 * seconds
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+
+
 def check_device(device: str) -> None:
     """Raises ValueError unless it names this machine's CPU or a GPU of it."""
     try:

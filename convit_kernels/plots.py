@@ -210,7 +210,7 @@ PHASE_COLOURS = {
     "rest": "#999999",
     "compiled": "#F0E442",
 }
-WIDTH = 5.0  # inches: a figure is still legible when a narrow screen shrinks it
+WIDTH = 4.5  # inches: a figure is still legible when a narrow screen shrinks it
 
 
 def time_by_phase(found: "Profile") -> Figure:
@@ -226,7 +226,7 @@ def time_by_phase(found: "Profile") -> Figure:
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     ax.set_xlabel("ms, in the profiled call")
-    made.legend(loc="outside upper center", ncols=4, fontsize=9, handlelength=1, columnspacing=1)
+    made.legend(loc="outside upper center", ncols=4, fontsize=10, handlelength=1, columnspacing=1)
     return made
 
 
@@ -241,7 +241,7 @@ def memory_over_time(found: "Profile") -> Figure:
             ax.step(times, in_use, where="post", color=colour(one.name), label=label(one.name), linewidth=1.3)
     ax.set(xlabel="ms, in the profiled call", ylabel="MB in use")
     ax.set_ylim(bottom=0)
-    made.legend(loc="outside upper center", ncols=2, fontsize=9)
+    made.legend(loc="outside upper center", ncols=2, fontsize=10)
     return made
 
 
@@ -282,5 +282,5 @@ def roofline(found: "Profile") -> Figure:
         axis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
         axis.set_major_formatter(FormatStrFormatter("%g"))
     ax.minorticks_off()
-    made.legend(loc="outside upper center", ncols=2, fontsize=9)
+    made.legend(loc="outside upper center", ncols=2, fontsize=10)
     return made

@@ -29,6 +29,7 @@ from .measure import (
     is_cuda,
     memory_over_time,
     memory_peak,
+    milliseconds,
     peak_memory,
     spread,
 )
@@ -243,12 +244,15 @@ def run(
     require_right(accuracy)
 
     calls = {name: one.call(task.backward) for name, one in contenders.items()}
+    step("profiling, interleaved")
+    recordings: dict[str, list[tuple[ContenderProfile, profile]]] = {name: [] for name in contenders}
+    for _ in range(PROFILED_CALLS):
+        for name, contender in contenders.items():
+            recordings[name].append(_profile_once(contender, name, task, calls[name]))
     profiles = []
     for name, contender in contenders.items():
-        step(f"{label(name)}: profiling")
-        calls[name]()
-        found = [_profile_once(contender, name, task, calls[name]) for _ in range(PROFILED_CALLS)]
-        one, recorded = min(found, key=lambda pair: pair[0].total)
+        step(f"{label(name)}: memory")
+        one, recorded = min(recordings[name], key=lambda pair: pair[0].total)
         if trace is not None:
             trace.mkdir(parents=True, exist_ok=True)
             recorded.export_chrome_trace(str(trace / f"{name}.json"))
@@ -268,10 +272,6 @@ def run(
     )
 
 
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.2f}" if seconds < 0.01 else f"{1e3 * seconds:.1f}"
-
-
 def phase_lines(found: Profile) -> Iterator[tuple[str, list[tuple[str, list[str]]]]]:
     """Each phase that anybody has, with a line for each contender, whose numbers are those of `headings`."""
     cuda = is_cuda(found.task.device)
@@ -282,7 +282,7 @@ def phase_lines(found: Profile) -> Iterator[tuple[str, list[tuple[str, list[str]
             if share is None:
                 continue
             percent = f"{share.seconds / one.total:.0%}" if one.total else ""
-            numbers = [_milliseconds(share.seconds), percent, f"{share.memory / 1e6:.1f}", str(share.calls)]
+            numbers = [milliseconds(share.seconds), percent, f"{share.memory / 1e6:.1f}", str(share.calls)]
             lines.append((one.name, numbers + [str(share.launches)] * cuda))
         if lines:
             yield phase, lines
@@ -307,16 +307,19 @@ def headings(found: Profile) -> list[str]:
 
 def tables(found: Profile) -> list[Table | str]:
     """Totals, phases and operators, contenders side by side."""
-    totals = Table(title=f"[bold]{found.task}[/bold]", title_justify="left", box=SIMPLE, pad_edge=False)
+    totals = Table(
+        title=f"[bold]{found.task}[/bold]", title_justify="left", box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     totals.add_column("contender", no_wrap=True)
     for heading in ("faster", "ms (p20-p80)", "peak MB", "GFLOP/s", "error / allowed"):
         totals.add_column(heading, justify="right", no_wrap=True)
     for one in found.contenders:
         p20, p50, p80 = spread(one.seconds)
+        times = f"{milliseconds(p50)} ({milliseconds(p20)}-{milliseconds(p80)})"
         totals.add_row(
             label(one.name),
             "" if one.eager_ratio is None else f"[bold]{one.eager_ratio:.2f}x[/bold]",
-            f"{1e3 * p50:.1f} ({1e3 * p20:.1f}-{1e3 * p80:.1f})",
+            times,
             f"{one.peak_memory / 1e6:.1f}",
             f"{found.task.flops() / p50 / 1e9:.1f}",
             "" if one.accuracy is None else f"{one.accuracy.error:.1e} / {one.accuracy.allowed:.1e}",
@@ -337,7 +340,7 @@ def tables(found: Profile) -> list[Table | str]:
     for phase, by_name in top_operators(found).items():
         cells = [
             "\n".join(
-                f"{operator.removeprefix('aten::')} {_milliseconds(share.seconds)}"
+                f"{operator.removeprefix('aten::')} {milliseconds(share.seconds)}"
                 for operator, share in by_name[one.name]
             )
             for one in found.contenders
@@ -357,7 +360,7 @@ def tables(found: Profile) -> list[Table | str]:
             kernels.add_column(heading)
         for one in found.contenders:
             for kernel, share in sorted(one.kernels.items(), key=lambda item: -item[1].seconds):
-                kernels.add_row(kernel, label(one.name), str(share.launches), _milliseconds(share.seconds))
+                kernels.add_row(kernel, label(one.name), str(share.launches), milliseconds(share.seconds))
         parts.append(kernels)
     parts += [f"not profiled: {label(name)}: {reason}" for name, reason in found.left_out.items()]
     return parts

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from . import plots
 from .contenders import label
-from .measure import spread
+from .measure import milliseconds, spread
 from .phases import PHASES
 from .profile import Profile, headings, phase_lines, top_operators
 from .report import describe
@@ -44,7 +44,7 @@ def render(found: Profile) -> str:
             "name": label(one.name),
             "colour": plots.colour(one.name),
             "ratio": one.eager_ratio,
-            "time": [1e3 * value for value in spread(one.seconds)],
+            "time": [milliseconds(value) for value in spread(one.seconds)],
             "peak": one.peak_memory / 1e6,
             "gflops": found.task.flops() / spread(one.seconds).p50 / 1e9,
             "accuracy": one.accuracy,
@@ -64,7 +64,10 @@ def render(found: Profile) -> str:
         {
             "phase": phase,
             "cells": [
-                [(name.removeprefix("aten::"), 1e3 * share.seconds, share.calls) for name, share in by_name[one.name]]
+                [
+                    (name.removeprefix("aten::"), milliseconds(share.seconds), share.calls)
+                    for name, share in by_name[one.name]
+                ]
                 for one in found.contenders
             ],
         }

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from .attention import backends
 from .contenders import COMPILED, EAGER, FLOOR, label
-from .measure import Spread, spread
+from .measure import Spread, milliseconds, spread
 
 # below it a change is not called one, however quiet the machine: builds and heaps differ by as much
 SMALLEST_CHANGE = 1.10
@@ -146,11 +146,11 @@ def tables(rows: Sequence[Row], not_measured: Sequence[NotMeasured] = ()) -> lis
         for heading in ("faster", "ms (p20-p80)", "error / allowed", "peak MB", "GFLOP/s", "of peak"):
             table.add_column(heading, justify="right", no_wrap=True)
         for row in sorted(members, key=lambda row: place(row.contender)):
-            p20, p50, p80 = (1e3 * value for value in row.time)
+            p20, p50, p80 = map(milliseconds, row.time)
             table.add_row(
                 label(row.contender),
                 f"[bold]{_times(row.ratio)}[/bold]",
-                f"{p50:.2f} ({p20:.2f}-{p80:.2f})",
+                f"{p50} ({p20}-{p80})",
                 "" if row.error is None else f"{row.error:.1e} / {row.allowed_error:.1e}",
                 f"{row.peak_memory / 1e6:.1f}",
                 f"{row.gflops:.1f}",
@@ -244,7 +244,7 @@ def comparison(new: Results, old: Results) -> list[Table | str]:
     summary = (
         f"{counts['slower']} slower, {counts['faster']} faster, {counts['same']} the same, {counts['unclear']} too "
         f"noisy to show a change of {MUST_SHOW:g} times. Only in the new results: {len(keys[0] - keys[1])}, only in "
-        f"the old: {len(keys[1] - keys[0])}. Times are relative to eager's in the same run; noise is what chance explains."
+        f"the old: {len(keys[1] - keys[0])}. Times count by eager's in the same run; noise is what chance explains."
     )
     here, there = describe(new.machine), describe(old.machine)
     machines = f"new: {here}\nold: {there}"
