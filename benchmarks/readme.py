@@ -76,8 +76,9 @@ def section(results: Results, source: str) -> str:
     lines = [
         BEGIN.format(source=source),
         f"Measured on {describe(results.machine)}; [all of it]({source}), {len(results.rows)} rows. Times faster than",
-        "eager timm: medians over pairs of neighbouring runs, our fastest backend, 14x14 patches. A group is timed only",
-        "when all of its results are right: an error against float64 of at most twice eager's, plus a few roundings.",
+        "eager timm: medians over pairs of neighbouring runs, our fastest backend, 14x14 patches. A group is timed",
+        "only when all of its results are right: an error against float64 of at most twice eager's, plus a few",
+        "roundings.",
         "",
         *_summary(results),
         "",

@@ -179,10 +179,10 @@ def profile(
         with console.status("building") as status:
             found = profiling.run(task, compare.split(","), repeats, trace, status.update)
     except ValueError as error:
-        console.print(str(error), style="red", markup=False)
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from error
     except WrongResultsError as error:
-        console.print(str(error), style="red", markup=False)
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from error
     console.print(*profiling.tables(found), sep="\n")
     if html is not None:
@@ -210,11 +210,11 @@ def report(
         console.print(f"report needs {error.name}: pip install 'convit_kernels\\[bench]'", style="red")
         raise typer.Exit(1) from error
     except ValueError as error:
-        console.print(str(error), style="red", markup=False)
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from error
     console.print(*reporting.tables(new.rows, new.not_measured), sep="\n")
     for path in written:
-        console.print(f"written to {path}", markup=False)
+        console.print(f"written to {path}", markup=False, soft_wrap=True)
     if old is not None:
         console.print(*reporting.comparison(new, old), sep="\n")
         if any(change.verdict == "slower" for change in reporting.compare(new.rows, old.rows)):

@@ -21,7 +21,7 @@ from .gpsa import GPSA
 from .variants import is_foreign_gpsa
 
 PHASES = {
-    "projections": "queries, keys and values from the input",
+    "projections": "queries, keys and values from the input, and copies that lay them out",
     "content": "scores of queries and keys, their softmax; in SDPA their product with the values too",
     "position": "positional scores and softmax, or the tables and their product with the values",
     "mix": "gates, mixing the two maps or outputs; of a dense map the product with the values",
@@ -66,14 +66,16 @@ _VIEWS = {
 }
 
 
-def phase_of(marks: frozenset[str]) -> str:
-    """The phase of an operator whose inputs carry these marks."""
+def phase_of(marks: frozenset[str], function: str = "") -> str:
+    """The phase of an operator whose inputs carry these marks; `function` is its name."""
     content = bool(marks & {"query", "content"})
     if "make output" in marks:
         return "output"
     if marks & {"make query", "make value"}:
         return "projections"
-    if "query" in marks and "position" in marks:
+    if marks and marks <= {"query", "value"} and function in _VIEWS:
+        return "projections"
+    if "attention" in marks or {"query", "position"} <= marks:
         return "attention"
     if content and marks & {"position", "gate"}:
         return "mix"
@@ -88,9 +90,11 @@ def phase_of(marks: frozenset[str]) -> str:
 
 def _marks_after(marks: frozenset[str], function: str) -> frozenset[str]:
     """What the operator's result carries."""
-    phase = phase_of(marks)
+    phase = phase_of(marks, function)
     if phase in ("output", "rest"):
         return frozenset()
+    if phase == "attention":
+        return frozenset({"attention"})
     if phase == "projections":
         made = {mark.removeprefix("make ") for mark in marks if mark.startswith("make ")}
         return frozenset(made) or marks
@@ -118,7 +122,7 @@ class _Follow(TorchFunctionMode):
             return func(*args, **kwargs)
         inputs = (leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor))
         marks = frozenset[str]().union(*(self.marks.get(tensor, frozenset()) for tensor in inputs))
-        with record_function(PREFIX + phase_of(marks)):
+        with record_function(PREFIX + phase_of(marks, name)):
             result = func(*args, **kwargs)
         after = _marks_after(marks, name)
         for tensor in tree_iter(result):

@@ -72,7 +72,8 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tupl
 
 def save(made: Figure, path: Path) -> None:
     """Writes SVG or PNG, by the name, without a date: equal data give equal files."""
-    made.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    with mpl.rc_context(style(PRINT)):
+        made.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def svg(made: Figure) -> str:

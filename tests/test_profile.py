@@ -80,6 +80,7 @@ class TestPhases:
         [
             ({"make query"}, "projections"),
             ({"query"}, "content"),
+            ({"attention"}, "attention"),
             ({"content", "value"}, "content"),
             ({"position"}, "position"),
             ({"position", "gate", "value"}, "position"),
@@ -152,7 +153,7 @@ class TestPage:
         for word in ("timm, eager", "ours: composite", *layer.contenders[0].phases, "Roofline", "Memory over time"):
             assert word in text
         for one in layer.contenders:
-            assert f"{one.eager_ratio:.2f}×" in text
+            assert f"{one.eager_ratio:.2f}\N{MULTIPLICATION SIGN}" in text
 
     def test_asks_for_nothing_from_outside(self, page):
         addresses = []

@@ -2,8 +2,7 @@
 
 import json
 import random
-import subprocess
-import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from typer.testing import CliRunner
 from convit_kernels import plots, report
 from convit_kernels.cli import app
 from convit_kernels.contenders import Task
+from convit_kernels.measure import interleaved
 from convit_kernels.report import NotMeasured, Results, Row
 
 ROOT = Path(__file__).parent.parent
@@ -126,33 +126,17 @@ class TestRegressions:
 
 
 class TestRealRuns:
-    """Sleeping contenders, whose times no busy machine changes much, through the whole suite."""
+    """Contenders that sleep, whose times a busy machine hardly changes, timed as the benchmarks time."""
 
-    def measure(self, tmp_path: Path, name: str, milliseconds: float) -> Results:
-        (tmp_path / f"{name}.py").write_text(
-            "import time\n"
-            "from convit_kernels import attention, contenders\n"
-            "def slowly(function, seconds):\n"
-            "    return lambda *args: (time.sleep(seconds), function(*args))[1]\n"
-            "entry = attention._BACKENDS['composite']\n"
-            f"slow = slowly(entry.attention, {milliseconds} / 1e3)\n"
-            "attention._BACKENDS['composite'] = entry._replace(attention=slow)\n"
-            "contenders.eager_attention = slowly(contenders.eager_attention, 0.2)\n"
-        )
-        path = tmp_path / f"{name}.json"
-        options = ["-k", "attention and tiny and forward and not plus", "--contenders", "composite"]
-        command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", *options, "--row-seconds", "1"]
-        command += ["-p", name, "-o", f"pythonpath={tmp_path}", f"--benchmark-json={path}"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout
-        return report.load(path)
+    def measure(self, milliseconds: int) -> list[Row]:
+        functions = {"eager": lambda: time.sleep(0.03), "ours": lambda: time.sleep(milliseconds / 1e3)}
+        times = interleaved(functions, "cpu", rounds=7)
+        return [replace(row(), seconds=times["ours"], eager_seconds=times["eager"])]
 
-    def test_a_planted_slowdown_shows_and_a_second_run_does_not(self, tmp_path):
-        first, again, slower = (
-            self.measure(tmp_path, name, wait) for name, wait in (("first", 300), ("again", 300), ("slower", 450))
-        )
-        assert verdicts(again.rows, first.rows) == ["same"]
-        assert verdicts(slower.rows, first.rows) == ["slower"]
+    def test_a_planted_slowdown_shows_and_a_second_run_does_not(self):
+        first = self.measure(40)
+        assert verdicts(self.measure(40), first) == ["same"]
+        assert verdicts(self.measure(60), first) == ["slower"]
 
 
 class TestTables:
@@ -180,7 +164,7 @@ class TestTables:
 class TestFigures:
     def test_written_for_what_there_is(self, tmp_path):
         sweep = [
-            row(name, seconds * (side / 14) ** 4, task=Task("attention", "convit_small", 8, side=side))
+            row(name, seconds * (side / 14) ** 4, noise=0, task=Task("attention", "convit_small", 8, side=side))
             for side in (14, 20, 28)
             for name, seconds in (("eager", 0.04), ("cpu", 0.01))
         ]
@@ -188,10 +172,10 @@ class TestFigures:
         found = results(*sweep[:-2], sweep[-1], not_measured=lost)
         written = report.write_figures(found, tmp_path)
         assert {path.name for path in written} == {
-            "speed-up.svg", "speed-up.png", "growth-tokens.svg", "growth-tokens.png"
-        }  # fmt: skip
+            f"{name}.{kind}" for name in ("speed-up", "growth-tokens") for kind in ("svg", "png")
+        }
         text = (tmp_path / "growth-tokens.svg").read_text()
-        assert "ours: cpu (2.0" in text  # the fitted exponent of a quadratic
+        assert "ours: cpu (2.00)" in text  # the fitted exponent of a quadratic
         assert "ConViT-S" in text
 
     def test_equal_results_make_equal_files(self, tmp_path):
