@@ -12,6 +12,7 @@ L2 has been flushed; that path has not run on one yet.
 import time
 
 import pytest
+import torch
 
 from convit_kernels.accuracy import Accuracy, WrongResultsError, judge, require_right
 from convit_kernels.contenders import EAGER, CannotRunError, Contender, Task, build
@@ -31,7 +32,7 @@ from convit_kernels.report import Row
 
 ROUNDS = (5, 50)  # the fewest and the most of a row
 SLOW, SLOW_ROUNDS = 2.0, 3  # seconds of a round beyond which fewer must do
-LARGEST_CHECKED_BATCH = 1024  # tokens a grid beyond which one image of a batch is checked: float64 needs the memory
+CHECKED_TOKENS = 1024  # of a grid beyond which one image of a batch is checked: float64 needs the memory
 
 
 class Match:
@@ -41,7 +42,7 @@ class Match:
         self.task = task
         self.contenders: dict[str, Contender] = {}
         self.reasons: dict[str, str] = {}
-        checked = task if task.tokens <= LARGEST_CHECKED_BATCH else task._replace(batch=1)
+        checked = task if task.tokens <= CHECKED_TOKENS else task._replace(batch=1)
         candidates = {}
         for name in dict.fromkeys((EAGER, *names)):
             try:
@@ -49,8 +50,7 @@ class Match:
                 candidates[name] = self.contenders[name] if checked == task else build(checked, name)
             except CannotRunError as reason:
                 self.reasons[name] = str(reason)
-        with memory_limit(task.device):
-            self.accuracy: dict[str, Accuracy] = judge(checked, candidates)
+        self.accuracy: dict[str, Accuracy] = judge(checked, candidates)
 
     def check(self) -> None:
         """Fails where any contender of the group is wrong."""
@@ -65,8 +65,10 @@ def match(request: pytest.FixtureRequest, log) -> Match:
     task, names = request.param
     if time.monotonic() > log.deadline:
         log.leave_out(task, names, "the set's minutes were spent: --minutes gives more")
+    torch.compiler.reset()  # else earlier groups' versions of the same code use up the compiler's limit
     try:
-        return Match(task, names)
+        with memory_limit(task.device):
+            return Match(task, names)
     except DoesNotFitError as reason:
         log.leave_out(task, names, f"out of memory: float64, which the gate needs, does not fit: {reason}")
 

@@ -40,8 +40,7 @@ class WrongResultsError(Exception):
 
 
 def _results(task: Task, contender: Contender) -> dict[str, Tensor | None]:
-    with torch.set_grad_enabled(task.backward):
-        results = contender.results() if task.backward else [contender.forward()]
+    results = contender.results() if task.backward else [contender.call(backward=False)()]
     names = ["out", *contender.leaves]
     return {name: None if value is None else value.detach() for name, value in zip(names, results, strict=False)}
 

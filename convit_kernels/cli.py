@@ -176,8 +176,10 @@ def profile(
         raise typer.Exit(1) from error
     try:
         task = profiling.task(model, batch, backward, layer, device, dtype)
-        with console.status("building") as status:
-            found = profiling.run(task, compare.split(","), repeats, trace, status.update)
+        # plain lines: a spinner's thread would take its share of what is measured
+        found = profiling.run(
+            task, compare.split(","), repeats, trace, lambda text: console.print(text, style="dim", highlight=False)
+        )
     except ValueError as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from error

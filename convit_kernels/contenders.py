@@ -1,6 +1,5 @@
 """The same piece of work done by timm, by PyTorch alone and by each backend: what is timed, profiled and compared."""
 
-import copy
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 from .attention import backends, check_backend, gpsa_attention
 from .gpsa import GPSA
-from .measure import Call
 from .replace import replace_gpsa
 
 
@@ -111,7 +109,7 @@ class Contender(NamedTuple):
     d_out: Tensor
     module: nn.Module | None = None
 
-    def call(self, backward: bool) -> Call:
+    def call(self, backward: bool) -> Callable[[], Any]:
         """What is timed: the output in inference mode, or the output and all gradients."""
         return self.results if backward else torch.inference_mode()(self.forward)
 
@@ -272,14 +270,17 @@ def _module(task: Task, name: str, backend: str | None, exact: bool) -> Contende
     if task.part == "layer":  # an image needs no gradient
         leaves["x"] = x.requires_grad_(task.backward)
 
+    for child in module.modules():
+        if isinstance(
+            child, ReferenceGPSA
+        ):  # made at a first call otherwise, for which the compiler would compile twice
+            child.rel_indices = child.get_rel_indices(task.tokens)
     if name == COMPILED:
         # The parts that repeat are compiled, not the model around them: once for all blocks of a kind.
         for part in module.blocks if task.part == "model" else [module]:
             part.compile(dynamic=False)
     elif name != EAGER and task.part == "model":
-        module = copy.deepcopy(module)
-        replace_gpsa(module, backend=backend)
-        leaves = dict(module.named_parameters())
+        replace_gpsa(module, backend=backend)  # the parameters stay the same objects
     elif name != EAGER:
         module = GPSA.from_module(module, backend=backend)
     return Contender(lambda: module(x), leaves, d_out, module)

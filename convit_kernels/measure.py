@@ -140,7 +140,8 @@ def _resident(field: str) -> int:
 def peak_resident(function: Call) -> int | None:
     """Bytes by which the process itself grows at the highest point of one call: also memory of no torch allocator.
 
-    None where the system does not tell (it is Linux that does). Small amounts are lost in the heap's own slack.
+    None where the system does not tell (it is Linux that does). Small amounts are lost in the heap's own slack, and a
+    GPU's memory is not in it.
     """
     try:
         ctypes.CDLL(None).malloc_trim(0)  # else the heap still holds what earlier calls have given back
@@ -169,7 +170,9 @@ def memory_limit(device: str) -> Iterator[None]:
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
         free = int(available[1]) * 1024 if available else 0
-        resource.setrlimit(resource.RLIMIT_AS, (_resident("VmSize") + int(0.9 * free), hard))
+        limit = _resident("VmSize") + int(0.9 * free)
+        limits = [limit, *(bound for bound in (soft, hard) if bound != resource.RLIM_INFINITY)]
+        resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
     try:
         yield
     except (MemoryError, RuntimeError) as error:

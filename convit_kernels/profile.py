@@ -60,6 +60,11 @@ def readable(kernel: str) -> str:
     return next((name for pattern, name in _KERNELS if re.search(pattern, kernel)), re.split(r"[<(]", kernel)[0])
 
 
+def operator_name(name: str) -> str:
+    """An operator's name for a reader: without PyTorch's namespace, without a compiled graph's hash."""
+    return "compiled graph" if "CompiledFxGraph" in name else name.removeprefix("aten::")
+
+
 @dataclass
 class Share:
     """What a phase or an operator took of one call. Seconds are the GPU's where there is one."""
@@ -340,8 +345,7 @@ def tables(found: Profile) -> list[Table | str]:
     for phase, by_name in top_operators(found).items():
         cells = [
             "\n".join(
-                f"{operator.removeprefix('aten::')} {milliseconds(share.seconds)}"
-                for operator, share in by_name[one.name]
+                f"{operator_name(operator)} {milliseconds(share.seconds)}" for operator, share in by_name[one.name]
             )
             for one in found.contenders
         ]

@@ -11,7 +11,7 @@ from . import plots
 from .contenders import label
 from .measure import milliseconds, spread
 from .phases import PHASES
-from .profile import Profile, headings, phase_lines, top_operators
+from .profile import Profile, headings, operator_name, phase_lines, top_operators
 from .report import describe
 
 _FIGURES: tuple[tuple[str, str, Callable[[Profile], Figure]], ...] = (
@@ -64,10 +64,7 @@ def render(found: Profile) -> str:
         {
             "phase": phase,
             "cells": [
-                [
-                    (name.removeprefix("aten::"), milliseconds(share.seconds), share.calls)
-                    for name, share in by_name[one.name]
-                ]
+                [(operator_name(name), milliseconds(share.seconds), share.calls) for name, share in by_name[one.name]]
                 for one in found.contenders
             ],
         }

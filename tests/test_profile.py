@@ -124,6 +124,11 @@ class TestFigures:
         with pytest.raises(WrongResultsError, match="ours: composite: out: error"):
             profile.run(Task("layer", "convit_tiny", 1, side=4), ["eager", "composite"], step=lambda text: None)
 
+    def test_operators_get_readable_names(self):
+        assert profile.operator_name("aten::mm") == "mm"
+        assert profile.operator_name("convit_kernels::dense_position_table") == "convit_kernels::dense_position_table"
+        assert profile.operator_name("## Call CompiledFxGraph fmtxlw6pizv5oq2qeg ##") == "compiled graph"
+
     @pytest.mark.parametrize(
         "kernel, name",
         [
