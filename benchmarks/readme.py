@@ -86,8 +86,10 @@ def section(results: Results, source: str) -> str:
         "",
     ]
     if control:
-        lines.append(f"Noise: eager against itself, measured in the same way, comes out at {min(control):.2f} to")
-        lines.append(f"{max(control):.2f} times.")
+        loads = [row.machine["load_1_minute"] for row in results.rows if row.machine["load_1_minute"] is not None]
+        busy = f", at a load of {min(loads):g} to {max(loads):g} on {results.machine['cores']} cores" if loads else ""
+        lines.append("Noise: eager against itself, measured in the same way, comes out at")
+        lines.append(f"{min(control):.2f} to {max(control):.2f} times{busy}.")
     if any(row.contender == FLOOR for row in results.rows):
         lines.append(f"{label(FLOOR)}: PyTorch's fused attention without position, which is less work.")
     lines.append("")

@@ -119,7 +119,8 @@ def speed_up(rows: Sequence["Row"], caption: str) -> Figure | None:
                 }
                 xs = [models.index(model) + (place - (len(names) - 1) / 2) * width for model in found]
                 ratios = [row.ratio or 0.0 for row in found.values()]
-                ax.bar(xs, ratios, width, color=colour(name), label=label(name))
+                if found:  # an empty bar's entry in the legend would have no colour
+                    ax.bar(xs, ratios, width, color=colour(name), label=label(name))
             ax.axhline(1, color=colour(EAGER), linewidth=1.5)
             ax.set_xticks(range(len(models)), [ARCHITECTURES[model].title.removeprefix("ConViT-") for model in models])
             ax.set_title(f"{PARTS[part]}, {'forward + backward' if backward else 'forward'}")
@@ -166,20 +167,21 @@ def growth(rows: Sequence["Row"], not_measured: Sequence["NotMeasured"], axis: s
     with mpl.rc_context(style(PRINT)):
         made, axes = figure(10.4, 3.1 * len(series) + 0.6, len(series), 2)
         for line, ((part, backward, model, fixed), found) in enumerate(series.items()):
-            title = f"{PARTS[part]}, {ARCHITECTURES[model].title}, {'training step' if backward else 'forward'}"
+            title = f"{PARTS[part]}, {ARCHITECTURES[model].title}, {'forward + backward' if backward else 'forward'}"
             title += f", {other} {fixed}"
             groups = {row.group for row in found}
+            lost_any = any(group in groups for group, _ in ended)
             for ax, what in zip(axes[2 * line : 2 * line + 2], ("time", "memory"), strict=True):
                 for name in contenders(row.contender for row in found):
                     mine = sorted(
                         (row for row in found if row.contender == name and (what == "time" or row.peak_memory > 0)),
                         key=lambda row: getattr(row, axis),
                     )
-                    if not mine:
+                    if len({getattr(row, axis) for row in mine}) < 2:  # a point is no growth
                         continue
                     xs = [float(getattr(row, axis)) for row in mine]
                     ys = [1e3 * row.time.p50 if what == "time" else row.peak_memory / 1e6 for row in mine]
-                    slope = f" ({fit(xs, ys).slope:.2f})" if len(set(xs)) >= 2 else ""
+                    slope = f" ({fit(xs, ys).slope:.2f})"
                     ax.plot(
                         xs,
                         ys,
@@ -197,7 +199,11 @@ def growth(rows: Sequence["Row"], not_measured: Sequence["NotMeasured"], axis: s
                 ax.set_xticks(ticks, [str(tick) for tick in ticks])
                 ax.minorticks_off()
                 ax.set_title(f"{title}: {what}", fontsize=9)
-                ax.legend(title="(fitted exponent)", fontsize=8, title_fontsize=8)
+                ax.legend(
+                    title="(fitted exponent), X: out of memory" if lost_any else "(fitted exponent)",
+                    fontsize=8,
+                    title_fontsize=8,
+                )
     return made
 
 

@@ -92,6 +92,27 @@ class TestSuite:
         assert "faster" not in done.stdout
         assert "GFLOP/s" not in done.stdout
 
+    def test_where_eager_runs_out_of_memory_the_others_are_still_measured(self, tmp_path):
+        (tmp_path / "short.py").write_text(
+            "import torch\n"
+            "from convit_kernels import contenders\n"
+            "eager, calls = contenders.eager_attention, []\n"
+            "def short_of_memory(q, *rest):\n"
+            "    calls.append(q.dtype)\n"
+            "    if calls.count(torch.float32) > 1:  # the gate's call is the first\n"
+            '        raise RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried to allocate 1 TB")\n'
+            "    return eager(q, *rest)\n"
+            "contenders.eager_attention = short_of_memory\n"
+        )
+        path = tmp_path / "results.json"
+        done = run_benchmarks(*ONE_GROUP, f"--benchmark-json={path}", plugin=tmp_path / "short.py")
+        assert "2 passed, 1 skipped" in done.stdout, done.stdout
+        content = json.loads(path.read_text())
+        assert [entry["extra_info"]["contender"] for entry in content["benchmarks"]] == [FLOOR, "composite"]
+        assert all(entry["extra_info"]["ratio_to_eager"] is None for entry in content["benchmarks"])
+        lost = [entry for entry in content["not_measured"] if entry["contender"] == EAGER]
+        assert "out of memory" in lost[0]["reason"]
+
     def test_the_default_set_has_every_size_and_the_sweep_grids_and_batches(self, monkeypatch):
         monkeypatch.syspath_prepend(ROOT / "benchmarks")
         tasks = importlib.import_module("tasks")

@@ -22,6 +22,8 @@ MACHINE = {
     "cuda": None,
     "cpu": "Abacus",
     "cpu_capability": "AVX2",
+    "cores": 2,
+    "load_1_minute": 2.5,
     "threads": 2,
     "cpu_clock_mhz": 1000.0,
     "torch": "2.14.1",
@@ -212,4 +214,5 @@ class TestReadme:
         text = readme.section(results(row("eager", 0.04), row()), "benchmarks/results/x.json")
         assert "Abacus (AVX2), 2 threads" in text
         assert "**Not measured: any GPU.**" in text
+        assert "at a load of 2.5 to 2.5 on 2 cores" in text
         assert "| attention, forward | 4." in text or "| attention, forward | 3.9" in text
