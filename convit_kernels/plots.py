@@ -239,16 +239,19 @@ def time_by_phase(found: "Profile") -> Figure:
 
 def memory_over_time(found: "Profile") -> Figure:
     """Bytes that torch's allocator holds, from the beginning of the call to its end."""
-    made, (ax,) = figure(WIDTH, 3.0)
-    for one in found.contenders:
-        if one.memory:
-            first = one.memory[0][0]
-            times = [1e3 * (moment - first) for moment, _ in one.memory]
-            in_use = [held / 1e6 for _, held in one.memory]
-            ax.step(times, in_use, where="post", color=colour(one.name), label=label(one.name), linewidth=1.3)
-    ax.set(xlabel="ms, in the profiled call", ylabel="MB in use")
-    ax.set_ylim(bottom=0)
-    made.legend(loc="outside upper center", ncols=2, fontsize=10)
+    made, axes = figure(WIDTH, 0.7 + 1.1 * len(found.contenders), len(found.contenders))
+    for ax, one in zip(axes, found.contenders, strict=True):
+        moments, held = zip(*one.memory, strict=True) if one.memory else ((0.0,), (0,))
+        times = [1e3 * (moment - moments[0]) for moment in moments]
+        in_use = [value / 1e6 for value in held]
+        ax.fill_between(times, in_use, step="post", color=colour(one.name), alpha=0.35)
+        ax.step(times, in_use, where="post", color=colour(one.name), linewidth=1.2)
+        ax.set_title(label(one.name), fontsize=10, loc="left")
+        # one scale for all: what is small shows as small
+        ax.set_ylim(0, 1.05 * max(value for each in found.contenders for _, value in each.memory) / 1e6)
+        ax.set_xlim(0, 1e3 * max(each.memory[-1][0] - each.memory[0][0] for each in found.contenders))
+        ax.set_ylabel("MB")
+    axes[-1].set_xlabel("ms, in the profiled call")
     return made
 
 

@@ -149,13 +149,14 @@ def _traffic(call: Call) -> float:
 
 
 def attribute(
-    events: Sequence[Any], device: str, compiled: bool
+    events: Sequence[Any], device: str, layouts: Mapping[str, str], compiled: bool
 ) -> tuple[dict[str, Share], dict[str, dict[str, Share]], dict[str, Share], Callable[[float], str]]:
     """A profile's events by phase, by phase and operator, and by GPU kernel; and the phase of a moment (microseconds).
 
-    An operator's time is its own, without the operators that it calls. Compiled code is one phase.
+    An operator's time is its own, without the operators that it calls. Compiled code is one phase. `layouts` is what
+    `phases.follow` gave.
     """
-    ranges = phase_ranges(events)
+    ranges = phase_ranges(events, layouts)
     begins = [begin for begin, _, _ in ranges]
 
     def phase_at(moment: float) -> str:
@@ -189,14 +190,14 @@ def attribute(
 
 def _profile_once(contender: Contender, name: str, task: Task, call: Call) -> tuple[ContenderProfile, profile]:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if is_cuda(task.device) else [])
-    following: AbstractContextManager[None] = nullcontext()
+    following: AbstractContextManager[dict[str, str]] = nullcontext({})
     if name != COMPILED and contender.module is not None:
         following = follow(contender.module)
-    with profile(activities=activities, profile_memory=True) as recorded, following:
+    with profile(activities=activities, profile_memory=True) as recorded, following as layouts:
         call()
         if is_cuda(task.device):
             torch.cuda.synchronize(task.device)
-    phases, operators, kernels, phase_at = attribute(recorded.events(), task.device, name == COMPILED)
+    phases, operators, kernels, phase_at = attribute(recorded.events(), task.device, layouts, name == COMPILED)
     curve = memory_over_time(recorded, task.device)
     before = 0
     for moment, in_use in curve:

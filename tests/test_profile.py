@@ -46,6 +46,10 @@ class TestPhases:
         assert "aten::bmm" in operators(layer, "composite", "position")
         assert "aten::_softmax" not in operators(layer, "composite", "content")
 
+    def test_a_copy_into_another_layout_belongs_to_what_reads_it(self, layer):
+        assert "aten::copy_" in operators(layer, "composite", "position")  # values by column and by row
+        assert "aten::copy_" not in operators(layer, "eager", "projections")
+
     def test_the_backward_of_an_operator_is_where_the_operator_is(self, layer):
         for phase in ("content", "position"):
             assert "aten::_softmax_backward_data" in operators(layer, "eager", phase)
@@ -68,9 +72,9 @@ class TestPhases:
         entry = attention._BACKENDS["composite"]._replace(attention=fused)
         monkeypatch.setitem(attention._BACKENDS, "composite", entry)
         contender = build(Task("layer", "convit_tiny", 1, side=4), "composite")
-        with torch.profiler.profile() as recorded, phases.follow(contender.module), torch.inference_mode():
+        with torch.profiler.profile() as recorded, phases.follow(contender.module) as layouts, torch.inference_mode():
             contender.forward()
-        _, by_phase, _, _ = profile.attribute(recorded.events(), "cpu", compiled=False)
+        _, by_phase, _, _ = profile.attribute(recorded.events(), "cpu", layouts, compiled=False)
         assert "phase_test::opaque" in by_phase["attention"]
         assert {"projections", "attention", "output"} <= set(by_phase)
         assert not {"content", "position"} & set(by_phase)
