@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import convit_kernels as ck
 from convit_kernels import plots, report
 from convit_kernels.cli import app
 from convit_kernels.contenders import Task
@@ -183,6 +185,15 @@ class TestFigures:
     def test_equal_results_make_equal_files(self, tmp_path):
         one, two = (report.write_figures(results(row()), tmp_path / name, ("svg",)) for name in "ab")
         assert one[0].read_bytes() == two[0].read_bytes()
+
+    def test_without_matplotlib_it_says_what_to_install(self, monkeypatch, tmp_path):
+        monkeypatch.delattr(ck, "plots")
+        monkeypatch.delitem(sys.modules, "convit_kernels.plots")
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        path = write(results(row()), tmp_path / "r.json")
+        result = CliRunner().invoke(app, ["report", str(path), "--out", str(tmp_path / "figures")])
+        assert result.exit_code == 1
+        assert "needs matplotlib: pip install 'convit_kernels[bench]'" in result.output
 
     def test_fit_is_the_power_law(self):
         fit = plots.fit([1, 2, 4], [3, 12, 48])
