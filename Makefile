@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SOURCES := setup.py convit_kernels/schemas.py $(wildcard csrc/*)
 
-.PHONY: demo test kernels bench results lint abi clean
+.PHONY: demo test kernels bench results lint abi sanitize clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -22,9 +22,10 @@ test: $(VENV)/built
 	$(BIN)/python -m pytest tests $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted $(ARGS)
 
-# Registers, shared memory and instructions of the Triton kernels on GPUs that need not be here.
+# Registers, shared memory and instructions of the Triton kernels on GPUs that need not be here, held to the budget's
+# file: all at the paper's size, and a sample of every configuration that can be chosen (ARGS=--all: each, half an hour).
 kernels: $(VENV)/built
-	$(BIN)/python -m convit_kernels.triton.budget $(ARGS)
+	$(BIN)/python -m convit_kernels.triton.budget --check --sample 61 --jobs 2 $(ARGS)
 
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
@@ -43,6 +44,22 @@ lint: $(VENV)/built
 # The libraries built above, loaded by another version of torch.
 abi: $(VENV)/built $(ABI_VENV)/ready
 	PYTHONPATH=. $(ABI_VENV)/bin/python -m pytest tests/test_relpos.py $(ARGS)
+
+# The CPU library under the compiler's sanitizers. CONVIT_KERNELS_EMULATE=1 takes AVX-512's kernels in on any x86-64;
+# they alone compile for minutes.
+SANITIZED := build/sanitized
+SANITIZERS := -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
+sanitize: $(VENV)/built
+	rm -rf $(SANITIZED)
+	mkdir -p $(SANITIZED)
+	cp -r setup.py pyproject.toml README.md csrc convit_kernels $(SANITIZED)
+	rm -f $(SANITIZED)/convit_kernels/*.so
+	cd $(SANITIZED) && CONVIT_KERNELS_CPU=1 CONVIT_KERNELS_CUDA=0 CXXFLAGS="$(SANITIZERS)" \
+		LDFLAGS="$(SANITIZERS)" $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
+	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		$(abspath $(BIN))/python -m pytest $(abspath tests)/test_cpu_attention.py $(abspath tests)/test_relpos.py \
+		-k "not Memory and not compile and not inductor" $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(ABI_VENV) build *.egg-info convit_kernels/*.so

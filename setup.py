@@ -6,6 +6,7 @@ this machine (torch, a compiler, nvcc) is named in the build's output, and the p
 Environment:
     CONVIT_KERNELS_CPU, CONVIT_KERNELS_CUDA   auto (the default), 0 (skip), 1 (fail when it cannot be built)
     CUDA_HOME                                 the CUDA toolkit, when it is not where nvcc says it is
+    CONVIT_KERNELS_EMULATE                    1: AVX-512's CPU kernels are compiled for AVX2, to test them there
     TORCH_CUDA_ARCH_LIST                      for example "8.0;9.0+PTX"; default: see DEFAULT_ARCHITECTURES
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import re
 import runpy
 import shutil
@@ -29,6 +31,16 @@ PACKAGE = "convit_kernels"
 TORCH_TARGET = "0x020a000000000000"  # torch 2.10, the oldest whose stable ABI has all that the sources use
 PYTHON_TARGET = "0x030A0000"
 DEFAULT_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
+X86 = platform.machine() in ("x86_64", "AMD64")
+# The attention's CPU kernels: one unit for each instruction set, chosen when they run, and the flags of each.
+UNITS = {"csrc/attention_portable.cpp": []}
+EMULATE = X86 and os.environ.get("CONVIT_KERNELS_EMULATE") == "1"
+if X86:
+    AVX2 = ["-mavx2", "-mfma"]
+    AVX512 = [*AVX2, "-Wno-psabi"] if EMULATE else [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+    UNITS["csrc/attention_avx2.cpp"] = AVX2
+    UNITS["csrc/attention_avx512.cpp"] = AVX512
+    UNITS["csrc/attention_avx512_bf16.cpp"] = AVX512 if EMULATE else [*AVX512, "-mavx512bf16"]
 
 
 class CannotBuildError(Exception):
@@ -94,6 +106,8 @@ def macros() -> list[tuple[str, str | None]]:
         ("TORCH_TARGET_VERSION", TORCH_TARGET),
         ("Py_LIMITED_API", PYTHON_TARGET),
         ("CONVIT_KERNELS_INTERFACE", f'"{interface()}"'),
+        *([("CONVIT_KERNELS_X86", "1")] if X86 else []),
+        *([("CONVIT_KERNELS_EMULATE", "1")] if EMULATE else []),
     ]
 
 
@@ -138,11 +152,14 @@ class BuildNative(build_ext):
         include = torch / "include"
         ext.include_dirs += [str(include)]
         ext.library_dirs += [str(torch / "lib")]
-        ext.extra_compile_args = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall"]
+        optimisation = [] if "-O" in os.environ.get("CXXFLAGS", "") else ["-O3"]
+        ext.extra_compile_args = ["-std=c++17", *optimisation, "-g0", "-fvisibility=hidden", "-Wall"]
         if ext.name.endswith("_cuda"):
             self.prepare_cuda(ext, include)
         else:
             ext.libraries += ["c10", "torch_cpu"]
+            compiler = [*self.compiler.compiler_so_cxx, *ext.extra_compile_args]
+            ext.extra_objects = [str(self.compile(source, [*compiler, *flags])) for source, flags in UNITS.items()]
 
     def prepare_cuda(self, ext: Extension, include: Path) -> None:
         import torch
@@ -157,15 +174,15 @@ class BuildNative(build_ext):
         ext.libraries += ["c10", "torch_cpu"]
         ext.extra_link_args += ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
         ext.extra_link_args += ["-lcudart_static", "-lrt", "-lpthread", "-ldl"]
-        kernels = [source for source in ext.depends if source.endswith(".cu")]
-        ext.extra_objects = [str(self.compile_cuda(home, source, include)) for source in kernels]
-
-    def compile_cuda(self, home: Path, source: str, include: Path) -> Path:
         nvcc = home / "bin" / "nvcc"
-        command = [str(nvcc), "-c", source, "-std=c++17", "-O3", "--threads", "0", "-DUSE_CUDA"]
-        command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", *architecture_flags(nvcc)]
-        command += [f"-D{name}={value}" for name, value in macros()]
-        command += [f"-isystem={include}"]
+        command = [str(nvcc), "-std=c++17", "-O3", "--threads", "0", "-DUSE_CUDA"]
+        command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", *architecture_flags(nvcc), f"-isystem={include}"]
+        kernels = [source for source in ext.depends if source.endswith(".cu")]
+        ext.extra_objects = [str(self.compile(source, command)) for source in kernels]
+
+    def compile(self, source: str, command: list[str]) -> Path:
+        """Compiles a source that takes a command of its own; returns the object."""
+        command = [*command, "-c", source, *(f"-D{name}={value}" for name, value in macros())]
         target = Path(self.build_temp) / Path(source).with_suffix(".o")
         # An object is as good as new while its command and all that it was compiled from are the same.
         parts = [" ".join(command).encode(), Path(source).read_bytes()]
@@ -187,7 +204,11 @@ class BuildNative(build_ext):
 
 setup(
     ext_modules=[
-        extension("_C", ["csrc/module_cpu.cpp", "csrc/relpos_cpu.cpp"]),
+        extension(
+            "_C",
+            ["csrc/module_cpu.cpp", "csrc/relpos_cpu.cpp", "csrc/attention_cpu.cpp", "csrc/instruction_set.cpp"],
+            depends=list(UNITS),
+        ),
         extension("_C_cuda", ["csrc/module_cuda.cpp"], depends=["csrc/relpos_cuda.cu"]),
     ],
     cmdclass={"build_ext": BuildNative},

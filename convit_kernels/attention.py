@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import composite, reference, triton
+from .backends import composite, cpu, reference, triton
 from .grid import GridSize, resolve_grid
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -24,19 +24,15 @@ def _always(q: Tensor | None = None) -> str:
     return ""
 
 
-def _planned(q: Tensor | None = None) -> str:
-    return "this version has no such kernel yet"
-
-
 class _Entry(NamedTuple):
-    attention: Callable[..., Tensor] | None
+    attention: Callable[..., Tensor]
     why_not: Callable[[Tensor | None], str]  # "" when it can run: on that query tensor, or at all for None
 
 
 # fastest first: backend=None takes the first that can run
 _BACKENDS: dict[str, _Entry] = {
     "triton": _Entry(triton.attention, triton.why_not),
-    "cpu": _Entry(None, _planned),
+    "cpu": _Entry(cpu.attention, cpu.why_not),
     "composite": _Entry(composite.attention, _always),
     "reference": _Entry(reference.attention, _always),
 }
@@ -115,7 +111,7 @@ def gpsa_attention(
         grid_size: (height, width) with height * width == N, one int for a square grid, or None: square.
         scale: of the content logits; default D ** -0.5.
         dropout_p: probability that an entry of the mixed map A is dropped, in [0, 1). The other entries grow by
-            1 / (1 - dropout_p). The backend "composite" has no map to drop from and takes "reference"'s dense path.
+            1 / (1 - dropout_p). The backends "cpu" and "composite" take "reference"'s dense path for it.
         backend: a name from `backends()`; None chooses the fastest that can run.
 
     Returns:
@@ -131,8 +127,7 @@ def gpsa_attention(
         raise ValueError(f"dropout_p must be in [0, 1), but is {dropout_p}")
     grid = resolve_grid(grid_size, q.shape[2])
     name = _choose(backend, q)
-    if dropout_p > 0 and name == "composite":
+    if dropout_p > 0 and name in ("cpu", "composite"):
         name = "reference"
-    attention = _BACKENDS[name].attention
-    assert attention is not None  # a planned backend is never chosen
-    return attention(q, k, v, pos_weight, gate, grid, q.shape[-1] ** -0.5 if scale is None else scale, dropout_p)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _BACKENDS[name].attention(q, k, v, pos_weight, gate, grid, scale, dropout_p)

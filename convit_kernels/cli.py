@@ -38,26 +38,37 @@ def native_libraries() -> dict[str, str]:
     return found
 
 
+def cpu_instruction_set() -> str | None:
+    """What the CPU's attention kernels use, or why they cannot; None without them."""
+    if extension.status["_C"] is not None:
+        return None
+    try:
+        return extension.instruction_set()
+    except RuntimeError as error:
+        return str(error)
+
+
 @app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """What can run on this machine, and what cannot and why."""
     report: dict[str, Any] = {
         "machine": machine(),
         "backends": [backend._asdict() for backend in backends()],
+        "cpu_instruction_set": cpu_instruction_set(),
         "native_libraries": native_libraries(),
     }
     if as_json:
         print(json.dumps(report, indent=2))
         return
     table = Table(title="Machine", show_header=False)
-    for key, value in report["machine"].items():
+    for key, value in (report["machine"] | {"cpu kernels for": report["cpu_instruction_set"]}).items():
         table.add_row(key, "none" if value is None else str(value))
     console.print(table)
     table = Table("backend", "can run", "why not", title="Backends, fastest first")
     for backend in report["backends"]:
         table.add_row(backend["name"], "yes" if backend["available"] else "no", backend["reason"])
     console.print(table)
-    table = Table("library", "state", title="Native libraries (relative-position tables)")
+    table = Table("library", "state", title="Native libraries")
     for name, state in report["native_libraries"].items():
         table.add_row(name, state)
     console.print(table)
@@ -109,6 +120,35 @@ def selfcheck(
         json_file.write_text(json.dumps({"machine": machine(), "device": device, "results": results}, indent=2))
     if not all(row["passed"] for row in results):
         raise typer.Exit(1)
+
+
+@app.command()
+def tune(
+    heads: Annotated[int, typer.Option(min=1, help="Attention heads.")] = 9,
+    head_dim: Annotated[int, typer.Option(min=1, max=256, help="Channels of a head.")] = 48,
+    grid: Annotated[tuple[int, int], typer.Option(help="Rows and columns of patches.")] = (14, 14),
+    batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 128,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
+) -> None:
+    """Measures the Triton kernels' launch configurations on this GPU and keeps the fastest in the user's cache."""
+    dtypes = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
+    if dtype not in dtypes:
+        console.print(f"--dtype must be one of {', '.join(dtypes)}, not {dtype!r}", style="red")
+        raise typer.Exit(2)
+    if not torch.cuda.is_available():
+        console.print("tune measures on a GPU, and torch sees none: the table's configurations stay", style="red")
+        raise typer.Exit(1)
+    from .triton import configs
+    from .triton import tune as tuning
+
+    shape = tuning.Shape(batch, heads, grid, head_dim, dtypes[dtype])
+    found = tuning.tune(shape, torch.device("cuda"))
+    table = Table("kernel", "tried", "before", "us", "now", "us", title=f"{torch.cuda.get_device_name()}, {shape}")
+    for one in track(found, "measuring", len(configs.PASSES), console=console, transient=True):
+        cells = [("x".join(map(str, config)), f"{1e6 * seconds:.1f}") for config, seconds in (one[3:5], one[1:3])]
+        table.add_row(one.pass_name, str(one.tried), *cells[0], *cells[1])
+    console.print(table)
+    console.print(f"kept in {configs.cache_file()}")
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """Loads the native libraries `_C` (CPU) and `_C_cuda`, and remembers why one of them is not there.
 
-Loading a library registers its kernels with torch's dispatcher; nothing in Python calls into it directly. A library
+Loading a library registers its kernels with torch's dispatcher; nothing in Python calls them directly. A library
 that is missing, broken or built for other op schemas never stops the import: its ops fall back to PyTorch, and `status`
 says why.
 """
@@ -37,3 +37,17 @@ def _load(name: str) -> str | None:
 
 # name -> None when loaded, else the reason why not
 status: dict[str, str | None] = {name: _load(name) for name in ("_C", "_C_cuda")}
+
+
+def instruction_sets() -> list[str]:
+    """Those that the CPU's attention kernels are built for and this processor runs, the fastest first."""
+    return list(importlib.import_module("._C", __package__).instruction_sets())
+
+
+def instruction_set() -> str:
+    """The one in use: the fastest, or the one that the environment variable CONVIT_KERNELS_ISA names.
+
+    Raises:
+        RuntimeError: that variable names none of `instruction_sets()`.
+    """
+    return str(importlib.import_module("._C", __package__).instruction_set())

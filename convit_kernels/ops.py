@@ -1,8 +1,8 @@
 """The package's torch.library ops: schemas, fallback kernels, fake kernels and autograd formulas.
 
 The native libraries register kernels for the CPU and CUDA dispatch keys against the same schemas; where there is none,
-torch's dispatcher finds the tables' fallback in plain PyTorch. The attention's CUDA kernels are written in Triton,
-which is imported at their first call.
+torch's dispatcher finds the tables' fallback in plain PyTorch. The attention's CPU kernels are native; those for CUDA
+are written in Triton, which is imported at their first call.
 """
 
 import importlib
@@ -29,8 +29,8 @@ for _name in ("relative_position_tables", "relative_position_tables_backward", "
     _library.impl(_name, getattr(eager_tables, _name), "CompositeExplicitAutograd")
 
 
-# then the Triton kernels run on CPU tensors
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# then the Triton kernels run on CPU tensors, and the native library registers none for them
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _in_triton(name: str) -> Callable[..., Any]:
@@ -42,7 +42,7 @@ def _in_triton(name: str) -> Callable[..., Any]:
 
 for _name in ("gated_attention", "gated_attention_backward"):
     _library.impl(_name, _in_triton(_name), "CUDA")
-    if _INTERPRETED:
+    if INTERPRETED:
         _library.impl(_name, _in_triton(_name), "CPU")
 
 relative_position_tables = torch.ops.convit_kernels.relative_position_tables.default
@@ -79,7 +79,7 @@ def _attention_fake(
     need_grad = rest[-1]
     nothing = q.new_empty(0)
     lse = q.new_empty(q.shape[:3] if need_grad else 0, dtype=pos_weight.dtype)
-    in_triton = q.device.type != "cpu" or _INTERPRETED
+    in_triton = q.device.type != "cpu" or INTERPRETED
     return _heads_last(q), lse, _heads_last(q) if need_grad and in_triton else nothing
 
 
@@ -155,3 +155,11 @@ def _attention_vjp(ctx: Any, d_out: Tensor, d_lse: Tensor, d_content: Tensor) ->
 torch.library.register_autograd(
     f"{NAMESPACE}::gated_attention", _attention_vjp, setup_context=_save_attention, lib=_library
 )
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("the fused attention has no second derivative: take backend='reference'")
+
+
+# without it autograd would warn and go on as if the gradients were constants
+torch.library.register_autograd(f"{NAMESPACE}::gated_attention_backward", _no_second_derivative, lib=_library)

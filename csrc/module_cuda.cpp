@@ -1,3 +1,3 @@
 #include "module.h"
 
-CONVIT_KERNELS_DEFINE_MODULE(_C_cuda)
+CONVIT_KERNELS_DEFINE_MODULE(_C_cuda, nullptr)

@@ -32,6 +32,19 @@ def test_info_as_json():
     assert set(report["native_libraries"]) == {"_C", "_C_cuda"}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, and it would take minutes")
+def test_tune_without_a_gpu_says_so():
+    result = run("tune")
+    assert result.exit_code == 1
+    assert "torch sees none" in result.output
+
+
+def test_tune_names_the_dtypes_it_takes():
+    result = run("tune", "--dtype", "int8")
+    assert result.exit_code == 2
+    assert "float32, float16, bfloat16, not 'int8'" in result.output.replace("\n", " ")
+
+
 def test_module_runs():
     done = subprocess.run(
         [sys.executable, "-m", "convit_kernels", "--help"], capture_output=True, text=True, check=True
@@ -73,10 +86,14 @@ class TestSelfcheck:
         assert result.exit_code == 1
         assert "FAIL" in result.output
 
-    def test_one_that_raises_fails_and_is_named(self, few):
+    def test_one_that_raises_fails_and_is_named(self, few, monkeypatch):
+        def broken(*args, **kwargs):
+            raise RuntimeError("no such kernel")
+
+        monkeypatch.setattr(selfcheck, "gpsa_attention", broken)
         result = run("selfcheck", "--backend", "cpu", "--device", "cpu")
         assert result.exit_code == 1
-        assert "no such kernel yet" in result.output.replace("\n", " ")
+        assert "no such kernel" in result.output.replace("\n", " ")
 
     def test_without_a_gpu_the_kernels_are_interpreted(self):
         command = [sys.executable, "-m", "convit_kernels", "selfcheck", "--device", "cpu"]

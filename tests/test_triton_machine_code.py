@@ -206,6 +206,11 @@ def test_the_counted_products_are_those_of_the_tile(measured: dict[str, Any]) ->
         assert kernel["macs"] * kernel["warps"] == products * rows * (tokens * columns + last) * 48
 
 
+def test_the_file_was_made_from_this_code_and_this_table_of_configurations(kept: dict[str, Any]) -> None:
+    """Where this fails: python -m convit_kernels.triton.budget --all --write"""
+    assert kept["source"] == budget.source()
+
+
 def test_the_file_has_every_device_and_no_kernel_in_it_spills_or_cannot_be_launched(kept: dict[str, Any]) -> None:
     assert set(kept["paper"]) == {f"{case.device}/{case.pass_name}" for case in budget.paper_cases()}
     for name, entry in kept["paper"].items():
@@ -213,6 +218,18 @@ def test_the_file_has_every_device_and_no_kernel_in_it_spills_or_cannot_be_launc
         for kernel in entry["kernels"]:
             assert kernel["shared"] <= device.shared_per_block and kernel["occupancy"] > 0, (name, kernel)
             assert kernel["spill_bytes"] == 0, (name, kernel)
+
+
+def test_every_configuration_that_can_be_chosen_compiles_fits_and_does_not_spill(kept: dict[str, Any]) -> None:
+    cases = budget.matrix_cases()
+    assert list(kept["matrix"]) == [str(case) for case in cases]
+    for case in cases:
+        device = machine_code.DEVICES[case.device]
+        kernels = kept["matrix"][str(case)]
+        assert kernels
+        for kernel, (_, spill_bytes, shared, warps) in kernels.items():
+            assert shared <= device.shared_per_block and warps > 0, (case, kernel)
+            assert spill_bytes == 0 or device.backend == "hip", (case, kernel)
 
 
 @pytest.mark.parametrize(
@@ -342,7 +359,6 @@ def row(**changes: Any) -> budget.Row:
         stages=2,
         registers=128,
         spill_bytes=0,
-        spill_instructions=0,
         shared=0,
         occupancy=16,
         instructions={"matrix": 0, "special": 0, "memory": 0, "float": 0, "rest": 0, **changes.pop("instructions", {})},

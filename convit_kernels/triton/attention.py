@@ -28,7 +28,7 @@ def is_dense(q: Tensor) -> bool:
     return size <= DENSE_SHARE * (_l2_bytes(q.device.index) if q.is_cuda else INTERPRETED_L2)
 
 
-def _tables(
+def position_tables(
     q: Tensor, pos_weight: Tensor, height: int, width: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The dense table, or both factors; the others are None."""
@@ -65,7 +65,7 @@ def gated_attention(
         return out, q.new_empty(q.shape[:3] if need_grad else 0, dtype=torch.float32), out.clone()
     q, k, v = (_unit_stride(tensor) for tensor in (q, k, v))
     with _on(q):
-        table, row_table, col_table = _tables(q, pos_weight, height, width)
+        table, row_table, col_table = position_tables(q, pos_weight, height, width)
         out, lse, content = forward(
             q,
             k,
@@ -107,7 +107,7 @@ def gated_attention_backward(
         raise RuntimeError("the forward pass was told that no gradient is needed: call it with need_grad=True")
     d_out, q, k, v = (_unit_stride(tensor) for tensor in (d_out, q, k, v))
     with _on(q):
-        table, row_table, col_table = _tables(q, pos_weight, height, width)
+        table, row_table, col_table = position_tables(q, pos_weight, height, width)
         dq, dk, dv, d_gate, d_pos_weight = backward(
             d_out,
             q,

@@ -16,8 +16,7 @@ would show in d gate, a sum over all rows: what dc lacks is ``sum_j dS_ij``, add
 
 ``backward_kv_kernel``, a program for each block of keys, finds dK and dV. P^T dO is a matrix product of its own on the
 table's tile, straight from where it was loaded: it costs fewer instructions than to unpack the tile and mix it into C
-entry by entry. Only float32 products without tensor cores (MIX) do the latter, for there a product is the dearest of
-all.
+entry by entry. Only float32 does the latter: there is nothing to unpack, and products are dear.
 ``backward_position_kernel``, a program for each block of queries and group of images, sums dA over its images, which
 for a head is one long matrix product, and reduces P o dA to the few numbers that the gate and the positional weights
 need, once for all its images.
@@ -58,7 +57,7 @@ POSITION_PROGRAMS = 128
 
 @triton.jit
 def query_tile(
-    dq0, dq1, ds_tile, c_tile, q0, q1, do0, do1, lse, dc,
+    dq0, dq1, sum_tile, q0, q1, do0, do1, lse, dc,
     k_ptr, v_ptr, stride_kn, stride_vn, philox_ptr, batch_head, threshold, inverse_keep, logit_scale, rows, start,
     num_tokens,
     HEAD_DIM: tl.constexpr, HEAD0: tl.constexpr, HEAD1: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -77,12 +76,13 @@ def query_tile(
     if DROPOUT:
         keep = keep_mask(philox_ptr, batch_head, rows, start, threshold, BLOCK_N)
         da = tl.where(keep, da * inverse_keep, 0.0)
-    if EXACT:
-        c_tile += c
     ds = c * (da - dc[:, None])
-    ds_tile += ds
+    if EXACT:
+        sum_tile += c
+    else:
+        sum_tile += ds
     dq0, dq1 = accumulate(ds.to(k0.dtype), k0, k1, dq0, dq1, HEAD1, PRECISION)
-    return dq0, dq1, ds_tile, c_tile
+    return dq0, dq1, sum_tile
 
 
 @triton.jit
@@ -99,7 +99,10 @@ def backward_q_kernel(
 
     Those rows are (H, B, num_rows), num_rows a multiple of BLOCK_M: row_lse = log2 of what divides ``exp2(logit)`` to
     give ``(1 - g) C``, +inf past the last token, so that a padded row has no probability anywhere; row_dc = dc. EXACT
-    (float32): the logarithm's rounding would show, and ``(1 - g) C = exp2(logit - row_lse) * row_factor``.
+    (float32): the logarithm's rounding would show, and ``(1 - g) C = exp2(logit - row_lse) * row_factor``. RAGGED: the
+    last tile of keys reaches past the last token. It stands behind the loop, which so needs no masks, but not in
+    float32: there operands go through registers, and for a second copy of the tile the compiler would hold those of q
+    and dO in registers throughout.
     """
     row_blocks = tl.cdiv(num_tokens, BLOCK_M)
     batch = tl.program_id(0) // row_blocks
@@ -128,39 +131,37 @@ def backward_q_kernel(
 
     dq0, dq1 = zeros_pair(BLOCK_M, HEAD0, HEAD1)
     # Sums over the tiles, entry by entry: what lies in different threads is added once, at the end.
-    ds_tile = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    sum_tile = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if EXACT:
-        c_tile = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        whole = num_tokens
     else:
-        c_tile = 0.0
-    whole = num_tokens // BLOCK_N * BLOCK_N
+        whole = num_tokens // BLOCK_N * BLOCK_N
     key_step = tl.cast(stride_kn, tl.int64) * BLOCK_N
     value_step = tl.cast(stride_vn, tl.int64) * BLOCK_N
     # Where content is too small a share to matter, dQ is 0, and so is whatever the ragged tile adds: its lse is +inf.
     for start in range(0, tl.where(content < SATURATION, 0, whole), BLOCK_N):
-        dq0, dq1, ds_tile, c_tile = query_tile(
-            dq0, dq1, ds_tile, c_tile, q0, q1, do0, do1, lse, dc,
+        dq0, dq1, sum_tile = query_tile(
+            dq0, dq1, sum_tile, q0, q1, do0, do1, lse, dc,
             k_ptr, v_ptr, stride_kn, stride_vn, philox_ptr, batch_head, threshold, inverse_keep, logit_scale,
-            rows, start, num_tokens, HEAD_DIM, HEAD0, HEAD1, BLOCK_N, PRECISION, EXACT, DROPOUT, False,
+            rows, start, num_tokens, HEAD_DIM, HEAD0, HEAD1, BLOCK_N, PRECISION, EXACT, DROPOUT, RAGGED and EXACT,
         )  # fmt: skip
         k_ptr += key_step
         v_ptr += value_step
-    if RAGGED:
-        dq0, dq1, ds_tile, c_tile = query_tile(
-            dq0, dq1, ds_tile, c_tile, q0, q1, do0, do1, lse, dc,
+    if RAGGED and not EXACT:
+        dq0, dq1, sum_tile = query_tile(
+            dq0, dq1, sum_tile, q0, q1, do0, do1, lse, dc,
             k_ptr, v_ptr, stride_kn, stride_vn, philox_ptr, batch_head, threshold, inverse_keep, logit_scale,
             rows, whole, num_tokens, HEAD_DIM, HEAD0, HEAD1, BLOCK_N, PRECISION, EXACT, DROPOUT, True,
         )  # fmt: skip
 
     factor = content + tl.zeros([BLOCK_M], tl.float32)
-    missing = tl.sum(ds_tile, 1)
+    row_sum = tl.sum(sum_tile, 1)
     if EXACT:
         # A float32 lse of large logits is off by more than rounding of a probability; rows that sum to 1 again make up
         # for it. Where content has been skipped, and past the last token, the sum is 0.
-        c_sum = tl.sum(c_tile, 1)
-        c_sum = tl.where(c_sum > 0.0, c_sum, 1.0)
-        factor = factor / c_sum
-        missing = missing / c_sum
+        factor = factor / tl.where(row_sum > 0.0, row_sum, 1.0)
+    else:
+        dc += row_sum
     row_scale = (scale * factor)[:, None]
     dq0 *= row_scale
     if HEAD1 > 0:
@@ -173,7 +174,7 @@ def backward_q_kernel(
         tl.store(row_factor_ptr + row, factor)
     else:
         tl.store(row_lse_ptr + row, lse - tl.log2(content))
-    tl.store(row_dc_ptr + row, dc + missing)
+    tl.store(row_dc_ptr + row, dc)
 
 
 @triton.jit
@@ -182,7 +183,7 @@ def key_queries(
     table_ptr, stride_table, row_table_ptr, col_table_ptr, philox_ptr, batch_head, threshold, inverse_keep, logit_scale,
     position, first_column, num_tokens, height, width,
     HEAD_DIM: tl.constexpr, HEAD0: tl.constexpr, HEAD1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, CONTENT: tl.constexpr, POSITION: tl.constexpr, MIX: tl.constexpr, DENSE: tl.constexpr,
+    PRECISION: tl.constexpr, CONTENT: tl.constexpr, POSITION: tl.constexpr, DENSE: tl.constexpr,
     EXACT: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Walk over the queries for a block of keys. Tiles are (keys, queries), so that none has to change its layout
@@ -229,12 +230,12 @@ def key_queries(
             if EXACT:
                 c *= tl.load(row_factor_ptr + rows)[None, :]
             a = c
-            if POSITION and MIX:
+            if POSITION and EXACT:
                 a += position * p.to(tl.float32)
             if DROPOUT:
                 a = tl.where(keep, a, 0.0)
             dv0, dv1 = accumulate(a.to(do0.dtype), do0, do1, dv0, dv1, HEAD1, PRECISION)
-        if POSITION and not (CONTENT and MIX):
+        if POSITION and not (CONTENT and EXACT):
             if DROPOUT:
                 p = tl.where(keep, p, 0.0)
             pv0, pv1 = accumulate(p, do0, do1, pv0, pv1, HEAD1, PRECISION)
@@ -252,7 +253,7 @@ def key_queries(
             row_factor_ptr += BLOCK_M
         if DENSE:
             table_ptr += BLOCK_M * stride_table
-    if POSITION and not (CONTENT and MIX):
+    if POSITION and not (CONTENT and EXACT):
         dv0 += position * pv0
         if HEAD1 > 0:
             dv1 += position * pv1
@@ -269,7 +270,7 @@ def backward_kv_kernel(
     stride_table,
     scale, logit_scale, dropout_p, batch_size, num_heads, num_tokens, num_rows, height, width,
     HEAD_DIM: tl.constexpr, HEAD0: tl.constexpr, HEAD1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, SATURATION: tl.constexpr, MIX: tl.constexpr, DENSE: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr, SATURATION: tl.constexpr, DENSE: tl.constexpr, EXACT: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """dK and dV. Grid: (key blocks x images, heads). The rows are those of `backward_q_kernel`, num_rows a multiple of
@@ -308,7 +309,7 @@ def backward_kv_kernel(
             table_ptr, stride_table, row_table_ptr, col_table_ptr, philox_ptr, batch_head, threshold, inverse_keep,
             logit_scale,
             position, first_column, num_tokens, height, width,
-            HEAD_DIM, HEAD0, HEAD1, BLOCK_M, BLOCK_N, PRECISION, True, False, MIX, DENSE, EXACT, DROPOUT,
+            HEAD_DIM, HEAD0, HEAD1, BLOCK_M, BLOCK_N, PRECISION, True, False, DENSE, EXACT, DROPOUT,
         )  # fmt: skip
     elif content < SATURATION:
         dk0, dk1, dv0, dv1 = key_queries(
@@ -316,7 +317,7 @@ def backward_kv_kernel(
             table_ptr, stride_table, row_table_ptr, col_table_ptr, philox_ptr, batch_head, threshold, inverse_keep,
             logit_scale,
             position, first_column, num_tokens, height, width,
-            HEAD_DIM, HEAD0, HEAD1, BLOCK_M, BLOCK_N, PRECISION, False, True, MIX, DENSE, EXACT, DROPOUT,
+            HEAD_DIM, HEAD0, HEAD1, BLOCK_M, BLOCK_N, PRECISION, False, True, DENSE, EXACT, DROPOUT,
         )  # fmt: skip
     else:
         dk0, dk1, dv0, dv1 = key_queries(
@@ -324,7 +325,7 @@ def backward_kv_kernel(
             table_ptr, stride_table, row_table_ptr, col_table_ptr, philox_ptr, batch_head, threshold, inverse_keep,
             logit_scale,
             position, first_column, num_tokens, height, width,
-            HEAD_DIM, HEAD0, HEAD1, BLOCK_M, BLOCK_N, PRECISION, True, True, MIX, DENSE, EXACT, DROPOUT,
+            HEAD_DIM, HEAD0, HEAD1, BLOCK_M, BLOCK_N, PRECISION, True, True, DENSE, EXACT, DROPOUT,
         )  # fmt: skip
 
     dk0 *= scale
@@ -569,8 +570,7 @@ def backward(
         padded(tokens),
         scale, scale * LOG2E, dropout_p, batch, heads, tokens, num_rows, height, width,
         **shape, BLOCK_M=block_kv, BLOCK_N=config_kv.block_n, SATURATION=saturation(q.dtype),
-        MIX=exact and precision == "ieee", DENSE=dense, EXACT=exact,
-        num_warps=config_kv.num_warps, num_stages=config_kv.num_stages,
+        DENSE=dense, EXACT=exact, num_warps=config_kv.num_warps, num_stages=config_kv.num_stages,
     )  # fmt: skip
 
     # A program sums over as many images as it can, then over as many keys, as long as there are programs for every

@@ -1,11 +1,9 @@
 """The budget of the machine code: what every kernel may use, in a file under version control that tests hold.
 
 Two tables make the file. ``paper`` has the kernels at the paper's size (14 x 14 tokens, head_dim 48, bfloat16, dense
-positions) beside
-a content-only flash attention of the same tile, with the ratio of the issued instructions. ``matrix`` has every
-configuration
-that `configs` can choose, by architecture, dtype, head_dim, regime and pass: it must compile, fit the device and, from
-sm_80 on, spill nothing.
+positions) beside a content-only flash attention of the same tile, with the ratio of the issued instructions. ``matrix``
+has every configuration that `configs` can choose, by architecture, dtype, head_dim, regime and pass: it must compile,
+fit the device and, from sm_80 on, spill nothing.
 
 What is held is exact for one version of Triton (the file names it) and an upper limit with `SLACK` for another, whose
 compiler allots registers in its own way. What such numbers say and do not say: `machine_code`.
@@ -13,7 +11,8 @@ compiler allots registers in its own way. What such numbers say and do not say: 
     python -m convit_kernels.triton.budget              prints the paper's table
     python -m convit_kernels.triton.budget --check      ... and compares with the file; exit code 1 where it is exceeded
     python -m convit_kernels.triton.budget --write      rewrites the file
-    --all: the whole matrix too (minutes)      --json: the numbers instead of a table      --jobs N: processes
+    --all: the whole matrix too (half an hour)      --sample N: every N-th case of it
+    --json: the numbers instead of a table          --jobs N: processes
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import hashlib
 import json
 import math
 import multiprocessing
@@ -35,6 +35,7 @@ import triton
 from . import configs
 from .backward import backward
 from .common import padded
+from .config_table import TABLE
 from .content import content_forward
 from .content_backward import content_backward
 from .forward import forward
@@ -139,18 +140,19 @@ def trips(launch: Launch) -> Callable[[Loop], int]:
         return lambda loop: triton.cdiv(values["size"], values["BLOCK"])
     # where a kernel treats the ragged tile apart, it stands beside the loop
     walked = values.get("BLOCK_M" if "_kv_" in launch.name else "BLOCK_N", 1)
-    apart = "RAGGED" in values or "TAIL" in values
+    apart = "TAIL" in values or ("RAGGED" in values and not values.get("EXACT"))
     return lambda loop: values["num_tokens"] // walked if apart else triton.cdiv(values["num_tokens"], walked)
 
 
-def measure(case: Case, only: str | None = None) -> list[Row]:
-    """Compiles the kernels of a case, or the one named ``only``, and reads their machine code."""
+def measure(case: Case, only: str | None = None, *, counted: bool = True) -> list[Row]:
+    """Compiles the kernels of a case, or the one named ``only``, and reads their machine code: also how often each
+    instruction is issued, where ``counted``, which takes longer."""
     rows = []
     for launch in launches(case):
         if only not in (None, launch.name):
             continue
         values = launch.arguments
-        report = read(compile_launch(launch, case.device), case.device, trips(launch))
+        report = read(compile_launch(launch, case.device), case.device, trips(launch) if counted else None)
         tensors = {tensor.data_ptr(): tensor for tensor in values.values() if isinstance(tensor, torch.Tensor)}
         rows.append(
             Row(
@@ -193,12 +195,20 @@ def compared(device: str, pass_name: str) -> dict[str, Any]:
 def used(case: Case) -> dict[str, list[int]]:
     """One entry of the matrix: kernel -> registers, spilled bytes, shared memory, warps an SM (0 where it cannot be
     launched).
+
+    Kernels that read no position map are in the dense cases alone.
     """
-    reports = [row.report for row in measure(case)]
+    only = "backward_kv_kernel" if (case.pass_name, case.regime) == ("backward", "factored") else None
+    reports = [row.report for row in measure(case, only, counted=False)]
     return {
         report.kernel: [report.registers, report.spill_bytes, report.shared, report.occupancy if report.fits else 0]
         for report in reports
     }
+
+
+def source() -> str:
+    """A hash of what the file follows from: the kernels' code and the table of configurations."""
+    return hashlib.sha256(f"{configs.source_hash()}{sorted(TABLE.items())}".encode()).hexdigest()[:16]
 
 
 def paper_cases(devices: Iterable[str] = tuple(DEVICES)) -> list[Case]:
@@ -287,7 +297,7 @@ def _shown(results: Iterator[Any], total: int, text: str) -> Iterator[Any]:
 
 def collect(paper: Sequence[Case], matrix: Sequence[Case], jobs: int = 1) -> dict[str, Any]:
     """Measures both tables; the result is what the file holds."""
-    found: dict[str, Any] = {"triton": triton.__version__, "paper": {}, "matrix": {}}
+    found: dict[str, Any] = {"triton": triton.__version__, "source": source(), "paper": {}, "matrix": {}}
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
         for part, cases, entry in (("paper", paper, _paper_entry), ("matrix", matrix, _matrix_entry)):
@@ -321,16 +331,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--write", action="store_true", help="rewrite the file")
     parser.add_argument("--check", action="store_true", help="compare with the file; exit code 1 where it is exceeded")
-    parser.add_argument("--all", action="store_true", help="the whole matrix too, which takes minutes")
-    parser.add_argument(
-        "--devices", nargs="+", choices=tuple(DEVICES), default=list(DEVICES), help="of the paper's table"
-    )
+    parser.add_argument("--all", action="store_true", help="the whole matrix too, which takes half an hour")
+    parser.add_argument("--sample", type=int, metavar="N", help="every N-th case of the matrix too")
+    parser.add_argument("--devices", nargs="+", choices=tuple(DEVICES), default=list(DEVICES))
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.add_argument("--jobs", type=int, default=1, help="compile in so many processes")
     parser.add_argument("--file", type=Path, default=FILE)
     options = parser.parse_args(arguments)
 
-    found = collect(paper_cases(options.devices), matrix_cases(options.devices) if options.all else [], options.jobs)
+    matrix = matrix_cases(options.devices)[:: options.sample or 1] if options.all or options.sample else []
+    found = collect(paper_cases(options.devices), matrix, options.jobs)
     print(json.dumps(found, indent=1) if options.json else table(found))
     if options.write:
         options.file.write_text(_compact(merged(found, options.file)))
@@ -342,21 +352,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def merged(found: dict[str, Any], file: Path) -> dict[str, Any]:
-    """``found`` and what the file has beside it, in the order of the cases; what is no case any more goes."""
+    """``found`` and what the file has beside it, in the order of the cases; what was found for other code goes."""
     kept = json.loads(file.read_text()) if file.exists() else {}
+    if kept.get("source") != found["source"]:
+        kept = {}
     names = {
         "paper": [f"{case.device}/{case.pass_name}" for case in paper_cases()],
         "matrix": [str(case) for case in matrix_cases()],
     }
     tables = {part: {**kept.get(part, {}), **found[part]} for part in names}
-    return {"triton": found["triton"]} | {
+    return {key: found[key] for key in ("triton", "source")} | {
         part: {name: tables[part][name] for name in names[part] if name in tables[part]} for part in names
     }
 
 
 def _compact(found: dict[str, Any]) -> str:
     """JSON with one line for each entry, so that a change of the file can be read."""
-    parts = [f' "triton": {json.dumps(found["triton"])}']
+    parts = [f' "{key}": {json.dumps(found[key])}' for key in ("triton", "source")]
     for part in ("paper", "matrix"):
         entries = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in found[part].items())
         parts.append(f' "{part}": {{\n{entries}\n }}')

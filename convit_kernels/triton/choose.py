@@ -1,21 +1,14 @@
 """Chooses launch configurations by compiling candidates and reading their machine code: how the table of `configs` was
 made.
 
-A candidate is out when it spills, does not fit the device or leaves an SM fewer than eight warps, for either dtype that
-shares
-its row of the table. `LADDERS` has the candidates of each pass, the best first; the first that is not out is taken.
-Their order comes
-from the model of time (`price`) at head_dims 16, 48, 128 and 256 on sm_80 and sm_90: more rows a program mean less
-traffic from L2 and
-fewer instructions, until registers run out. Two stages are always taken, for counts cannot tell what overlapping the
-loads is worth.
-All this is a choice among tiles, no prediction of time.
+A candidate is out when it spills, does not fit the device or leaves an SM fewer than eight warps; the first of the
+ladder (see `candidates`) that is not out is taken. The ladder's order comes from the model of time (`price`) at
+head_dims 16, 48, 128 and 256 on sm_80 and sm_90. Two stages are always taken, for counts cannot tell what overlapping
+the loads is worth. All this is a choice among tiles, no prediction of time.
 
-    python -m convit_kernels.triton.choose --devices sm_90                    what the ladders give, with what spills
-    everywhere
-    python -m convit_kernels.triton.choose --devices sm_90 --write            ... into config_table.py
-    python -m convit_kernels.triton.choose --prices forward --devices sm_90 --head-dims 48 64      the ladder's rungs
-    and their prices
+    python -m convit_kernels.triton.choose --devices sm_90             what the ladders give, with what fails everywhere
+    python -m convit_kernels.triton.choose --devices sm_90 --write     ... into config_table.py
+    python -m convit_kernels.triton.choose --prices forward --devices sm_90 --head-dims 48 64     the rungs, priced
 """
 
 from __future__ import annotations
@@ -30,34 +23,17 @@ from pathlib import Path
 from unittest import mock
 
 from . import budget, config_table, configs, time_model
+from .candidates import ladder
 from .machine_code import DEVICES
 
-# Rows x columns x warps for 16-bit elements and for float32, whose IEEE products have no tensor cores and hold whole
-# rows in registers.
-LADDERS = {
-    ("forward", 2): "128x32x8 128x64x8 64x32x4 64x32x8 32x32x8 32x32x4 32x16x4 16x16x4 16x16x8",
-    ("forward", 4): "32x32x4 32x16x4 32x16x8 16x16x4 16x16x8",
-    ("backward_q", 2): "128x32x8 64x32x4 64x16x4 64x16x8 32x32x4 16x64x4 32x16x4 16x32x8 16x16x4 16x16x8",
-    ("backward_q", 4): "32x32x4 32x16x4 16x16x4 16x16x8",
-    ("backward_kv", 2): "32x128x8 32x64x4 32x64x8 32x32x4 32x32x8 16x32x4 16x32x8 16x16x4 16x16x8",
-    ("backward_kv", 4): "16x32x4 16x32x8 16x16x4 16x16x8",
-    ("backward_position", 2): "64x64x4 128x64x8 64x32x4 64x64x8 32x32x4 32x32x8 16x32x4",
-    ("backward_position", 4): "32x32x4 32x32x8 16x32x4 16x16x4 16x16x8",
-}
-STAGES = 2
-
-# The dtypes that share a row of the table.
-SHARING = {2: ("bfloat16", "float16"), 4: ("float32", "tf32")}
+# The dtypes that a row of the table is judged by. float16 compiles as bfloat16 does; the budget's matrix has it too.
+DTYPES = {2: ("bfloat16",), 4: ("float32", "tf32")}
 
 # Further architectures of a family whose compiled code is not that of the one it is named after.
 STRICTER = {"sm_86": ("sm_120",)}
 
 # Whose specifications price an architecture; the others are priced as an A100.
 MODELS = {"sm_90": time_model.H100, "sm_100": time_model.H100}
-
-
-def ladder(pass_name: str, itemsize: int) -> list[configs.Config]:
-    return [configs.Config(*map(int, f"{text}x{STAGES}".split("x"))) for text in LADDERS[pass_name, itemsize].split()]
 
 
 def written(config: configs.Config) -> str:
@@ -74,11 +50,13 @@ def _fixed(chosen: dict[str, configs.Config]) -> Iterator[None]:
         yield
 
 
-def judged(pass_name: str, case: budget.Case, chosen: dict[str, configs.Config]) -> budget.Row | str:
+def judged(
+    pass_name: str, case: budget.Case, chosen: dict[str, configs.Config], *, counted: bool = False
+) -> budget.Row | str:
     """What the machine code of a pass's kernel says with these configurations, or why it is out."""
     with _fixed(chosen):
-        (row,) = budget.measure(case, only=f"{pass_name}_kernel")
-    if row.report.spills and row.report.spill_bytes:
+        (row,) = budget.measure(case, only=f"{pass_name}_kernel", counted=counted)
+    if row.report.spill_bytes:
         return f"spills {row.report.spill_bytes} bytes"
     if not row.report.fits:
         return f"needs {row.report.shared} bytes of shared memory"
@@ -90,8 +68,7 @@ def judged(pass_name: str, case: budget.Case, chosen: dict[str, configs.Config])
 
 def price(case: budget.Case, row: budget.Row) -> float:
     """Model, not measurement: the cubic mean of the units' times, near the slowest unit but with a price on the others,
-    since no
-    run overlaps them wholly, times ``1 + 2 / (warps an SM)`` for the latency that few warps cannot hide."""
+    since no run overlaps them wholly, times ``1 + 2 / (warps an SM)`` for the latency that few warps cannot hide."""
     times = time_model.model(MODELS.get(case.device, time_model.A100), row, case.dtype, checked=False).values()
     return float(sum(time**3 for time in times) ** (1 / 3) * (1 + 2 / row.report.occupancy))
 
@@ -104,12 +81,12 @@ def choose(device: str, itemsize: int, head_dim: int) -> tuple[dict[str, configs
     for pass_name in configs.PASSES:
         for regime in configs.regimes(pass_name):
             key = configs.table_key(device, pass_name, regime, itemsize)
-            for config in ladder(pass_name, itemsize):
+            for config in ladder(pass_name, itemsize, head_dim):
                 chosen[key] = config
                 cases = (
                     budget.Case(target, pass_name.split("_")[0], dtype, head_dim, regime)
                     for target in (device, *STRICTER.get(device, ()))
-                    for dtype in SHARING[itemsize]
+                    for dtype in DTYPES[itemsize]
                 )
                 # the first that fails is enough
                 reason = next(
@@ -142,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--head-dims", type=int, nargs="+", choices=configs.HEAD_DIM_BUCKETS, default=list(configs.HEAD_DIM_BUCKETS)
     )
     parser.add_argument(
-        "--sizes", type=int, choices=tuple(SHARING), nargs="+", default=list(SHARING), help="bytes of an element"
+        "--sizes", type=int, choices=tuple(DTYPES), nargs="+", default=list(DTYPES), help="bytes of an element"
     )
     parser.add_argument("--prices", choices=configs.PASSES, metavar="PASS", help="only print the rungs of one pass")
     parser.add_argument("--write", action="store_true", help="rewrite config_table.py")
@@ -157,11 +134,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.prices:
         for device, size, head_dim in rows:
             for regime in configs.regimes(options.prices):
-                case = budget.Case(device, options.prices.split("_")[0], SHARING[size][0], head_dim, regime)
+                case = budget.Case(device, options.prices.split("_")[0], DTYPES[size][0], head_dim, regime)
                 print(case)
-                for config in ladder(options.prices, size):
+                for config in ladder(options.prices, size, head_dim):
                     key = configs.table_key(device, options.prices, regime, size)
-                    found = judged(options.prices, case, {key: config})
+                    found = judged(options.prices, case, {key: config}, counted=True)
                     text = found if isinstance(found, str) else f"{1e6 * price(case, found):8.1f} {found.report}"
                     print(f"  {written(config):12} {text}", flush=True)
         return 0

@@ -7,23 +7,19 @@ shared memory, occupancy, and the number of instructions that one warp issues in
 How the instructions are counted
     The machine code becomes a graph of basic blocks. Back edges give its natural loops; the trip count of each is known
     from the shape (ceil(N / BLOCK_N)). The count is that of the longest path, each loop taken as often as it runs. So
-    of
-    two exclusive branches the longer counts: the ordinary head, which needs content and position, not the one whose
+    of two exclusive branches the longer counts: the ordinary head, which needs content and position, not the one whose
     gate is saturated. On sm_100, where one elected thread issues the matrix products, the path is that thread's warp's.
     Loops that only wait (for a barrier) count as not entered: the wait succeeds at the first try. An instruction whose
     predicate is false takes its issue slot and counts. `Report.macs` is a check on all of this: the matrix
     multiply-accumulates on the path must equal what the tile's arithmetic asks for. On AMD nothing is counted: its code
-    walks
-    through all branches in turn with lanes switched off, so its graph does not tell which of them exclude each other.
+    walks through all branches in turn with lanes switched off, so its graph does not tell which exclude each other.
 
 What such counts say, and what they do not
     They say how much work the schedulers must issue, whether values fit the registers, and how two kernels of the same
     tile compare in that. They say nothing of time spent in waiting: memory and L2 latency, bank conflicts, barriers,
     dependent instructions, or which units run side by side. One matrix instruction counts as one, though it keeps its
-    unit
-    busy for many cycles (`convit_kernels.triton.time_model` weighs them). A ratio of counts is therefore a bound on
-    what
-    the position adds to the *issued* work, not a prediction of the ratio of times. Only a GPU measures time.
+    unit busy for many cycles (`convit_kernels.triton.time_model` weighs them). A ratio of counts is therefore a bound
+    on what the position adds to the *issued* work, not a prediction of the ratio of times. Only a GPU measures time.
 
 Under ``TRITON_INTERPRET=1`` the kernels are interpreter objects that cannot be compiled: use a process without it.
 """
@@ -514,7 +510,6 @@ class Report:
     stages: int
     registers: int
     spill_bytes: int  # of local memory a thread; includes arrays that could not be kept in registers
-    spill_instructions: int  # loads and stores of local memory, static
     shared: int
     occupancy: int  # warps an SM (a CU)
     instructions: dict[str, int] | None = None  # see `mix`; None where they were not counted
@@ -529,10 +524,6 @@ class Report:
     def fits(self) -> bool:
         """Whether the device can launch it at all."""
         return self.shared <= DEVICES[self.device].shared_per_block and self.occupancy > 0
-
-    @property
-    def spills(self) -> bool:
-        return bool(self.spill_bytes or self.spill_instructions)
 
 
 def occupancy(device: str, *, warps: int, registers: int, shared: int, tensor_memory: int = 0) -> int:
@@ -566,17 +557,14 @@ def read(compiled: Any, device: str, trips: Callable[[Loop], int] | None = None)
         numbers = dict(re.findall(r"(\w+):(\d+)", usage.split(f"Function {name}:", 1)[1].split("Function", 1)[0]))
         registers = int(numbers["REG"])
         spill_bytes = int(numbers["STACK"]) + int(numbers["LOCAL"])
-        blocks = nvidia_blocks(_run_tool("nvdisasm", binary, "-c"), name)
-        spilling = sum(opcode.startswith(("LDL", "STL")) for block in blocks for opcode in block.opcodes)
         if trips is not None:
-            opcodes = issued(blocks, trips)
+            opcodes = issued(nvidia_blocks(_run_tool("nvdisasm", binary, "-c"), name), trips)
     else:
         assembly = compiled.asm["amdgcn"]
         numbers = dict(re.findall(r"^\s+\.(\w+):\s+(\d+)\s*$", assembly, re.MULTILINE))
         # the count of vector registers includes the accumulators: one file of 512
         registers = int(numbers["vgpr_count"])
         spill_bytes = int(numbers["private_segment_fixed_size"])
-        spilling = len(re.findall(r"^\s+scratch_", assembly, re.MULTILINE))
     tensor_memory = int(getattr(metadata, "tmem_size", 0) or 0)
     return Report(
         kernel=name,
@@ -585,7 +573,6 @@ def read(compiled: Any, device: str, trips: Callable[[Loop], int] | None = None)
         stages=int(metadata.num_stages),
         registers=registers,
         spill_bytes=spill_bytes,
-        spill_instructions=spilling,
         shared=shared,
         occupancy=occupancy(device, warps=warps, registers=registers, shared=shared, tensor_memory=tensor_memory),
         instructions=None if opcodes is None else mix(opcodes),

@@ -1,12 +1,9 @@
 """A model of time, from public specifications and the kernels' machine code. No number here is a measurement.
 
 For each kernel it gives the time that each unit of the GPU would need if it alone had work and never waited; the
-longest is
-what bounds the kernel, and no real run can be faster unless a specification is wrong. A real run is slower: the model
-has no
-latency, no bank conflicts, no bandwidth of shared memory, no launch overhead, no last wave of programs that leaves
-cores idle,
-and no clock that falls under load.
+longest is what bounds the kernel, and no real run can be faster unless a specification is wrong. A real run is slower:
+the model has no latency, no bank conflicts, no bandwidth of shared memory, no launch overhead, no last wave of programs
+that leaves cores idle, and no clock that falls under load.
 
     HBM      the tensors that a kernel names, each once
     L2       what its loads and stores name, masked lanes and L1 hits included: an upper limit of the traffic
@@ -17,20 +14,16 @@ and no clock that falls under load.
 
 Specifications
     A100 (SXM, 80 GB): 108 SMs, 1.41 GHz, 312 TFLOP/s bf16 and 156 TFLOP/s TF32 dense, 2039 GB/s, L2 reads of 5120 bytes
-    a clock:
-    NVIDIA A100 Tensor Core GPU Architecture (whitepaper, 2020) and the A100 80 GB data sheet.
+    a clock: NVIDIA A100 Tensor Core GPU Architecture (whitepaper, 2020) and the A100 80 GB data sheet.
     H100 (SXM5): 132 SMs, 989.4 TFLOP/s bf16 and 494.7 TF32 dense, 3.35 TB/s: NVIDIA H100 Tensor Core GPU Architecture
-    (whitepaper,
-    2022) and the H100 data sheet; 1.83 GHz is the clock that those rates imply at 2048 bf16 multiply-accumulates an SM
-    and clock.
-    NVIDIA gives no bandwidth of its L2; 5.5 TB/s is the low end of what published microbenchmarks found
-    (chipsandcheese.com, "Nvidia's H100: Funny L2, and Tons of Bandwidth", 2023).
+    (whitepaper, 2022) and the H100 data sheet; 1.83 GHz is the clock that those rates imply at 2048 bf16
+    multiply-accumulates an SM and clock. NVIDIA gives no bandwidth of its L2; 5.5 TB/s is the low end of what published
+    microbenchmarks found (chipsandcheese.com, "Nvidia's H100: Funny L2, and Tons of Bandwidth", 2023).
     Special functions 16 lanes, fp32 64 (A100) and 128 (H100) lanes an SM and clock: CUDA C++ programming guide,
-    "Throughput of native
-    arithmetic instructions". Four schedulers an SM, an instruction each a clock: the whitepapers.
+    "Throughput of native arithmetic instructions". Four schedulers an SM, an instruction each a clock: the whitepapers.
 
-Command line: ``python -m convit_kernels.triton.time_model [--dtype bfloat16]`` prints a Markdown table for the
-    paper's size.
+Command line: ``python -m convit_kernels.triton.time_model [--dtype bfloat16]`` prints a Markdown table for the paper's
+size.
 """
 
 from __future__ import annotations

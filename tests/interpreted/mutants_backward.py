@@ -5,10 +5,10 @@ from __future__ import annotations
 BACKWARD: list[tuple[str, str, str]] = [
     ("backward.py", "dc += tl.sum(do1.to", "dc -= tl.sum(do1.to"),
     ("backward.py", "ds = c * (da - dc[:, None])", "ds = c * da"),
-    ("backward.py", "dc + missing)", "dc)"),
+    ("backward.py", "dc += row_sum", "dc += 0.0"),
     ("backward.py", "row_scale = (scale * factor)", "row_scale = (factor)"),
     ("backward.py", "lse - tl.log2(content)", "lse"),
-    ("backward.py", "factor = factor / c_sum", "factor = factor"),
+    ("backward.py", "factor = factor / tl.where(row_sum > 0.0, row_sum, 1.0)", "factor = factor"),
     ("backward.py", "c = tl.where(columns[None, :] < left, c, 0.0)", "c = c"),
     ("backward.py", "t = tl.where(columns[None, :] < num_tokens, p, 0.0) * (da", "t = p * (da"),
     ("backward.py", "share = tl.where(rows < num_tokens, share_x * share_y, 0.0)", "share = share_x * share_y"),

@@ -1,0 +1,85 @@
+// What the attention's binding and its units for one instruction set each know of one another: raw pointers and sizes.
+//
+// A unit is compiled with its own instruction set's flags. Nothing that it compiles may be shared with the rest of the
+// library, or the linker could keep the copy that only some processors can run: no torch headers, no library templates.
+#pragma once
+
+#include <cstdint>
+
+namespace convit_kernels {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Half {
+  uint16_t bits;
+};
+
+// A (image, head, token, channel) tensor: strides in elements; channels are adjacent.
+struct Strided {
+  void* data;
+  int64_t image, head, token;
+};
+
+// "T" is what is computed in: double for float64 tensors, else float.
+struct Problem {
+  int64_t images, heads, height, width, head_dim;
+  double scale;
+  const void* gate;        // (heads,) T, after the sigmoid
+  const void* pos_weight;  // (heads, 3) T
+  Strided q, k, v;
+};
+
+struct Forward : Problem {
+  Strided out;
+  void* lse;  // (images, heads, tokens) T, or null
+};
+
+struct Backward : Problem {
+  Strided d_out, dq, dk, dv;
+};
+
+// Sums over some queries of one image and head.
+struct ScalarGradients {
+  double pos_weight[3], gate;
+};
+
+// How a problem is cut into blocks of queries, and the memory one thread needs for it.
+struct Plan {
+  int64_t blocks, bytes;
+};
+
+// `memory` is the thread's own, aligned to 64 bytes.
+struct ForwardKernel {
+  Plan (*plan)(const Problem&);
+  void (*run)(const Forward&, int64_t image_head, int64_t block_begin, int64_t block_end, void* memory);
+};
+
+// dk and dv are first accumulated in T, `accumulator_bytes` for one image and head; `finish` adds several of them up, in
+// order, and writes the result.
+struct BackwardKernel {
+  Plan (*plan)(const Problem&);
+  int64_t (*accumulator_bytes)(const Problem&);
+  void (*run)(
+      const Backward&, int64_t image_head, int64_t block_begin, int64_t block_end, void* accumulator,
+      ScalarGradients* sums, void* memory);
+  void (*finish)(const Backward&, int64_t image_head, const void* accumulators, int64_t count);
+};
+
+struct DtypeKernels {
+  ForwardKernel forward;
+  BackwardKernel backward;
+};
+
+struct AttentionKernels {
+  DtypeKernels float32, float64, bfloat16, float16;
+};
+
+#ifdef CONVIT_KERNELS_X86
+extern const AttentionKernels kAttentionAvx512, kAttentionAvx2;
+extern const DtypeKernels kBFloat16Avx512;  // with the dot products of AVX512-BF16
+#endif
+extern const AttentionKernels kAttentionPortable;
+
+}  // namespace convit_kernels

@@ -1,0 +1,340 @@
+"""The fused CPU kernels: exact for every instruction set, shape and layout, the same bits on any number of threads."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from equivalence import Inputs, assert_as_exact, eager_attention, make_inputs, with_gradients
+
+import convit_kernels as ck
+from convit_kernels import extension, ops
+
+pytestmark = pytest.mark.skipif(extension.status["_C"] is not None, reason="needs the built library; the CI builds it")
+INSTRUCTION_SETS = [] if extension.status["_C"] is not None else extension.instruction_sets()
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request, monkeypatch):
+    monkeypatch.setenv("CONVIT_KERNELS_ISA", request.param)
+    assert extension.instruction_set() == request.param
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def attend(inputs: Inputs, grid, scale=None) -> torch.Tensor:
+    return ck.gpsa_attention(*inputs[:5], grid_size=grid, scale=scale, backend="cpu")
+
+
+def check(grid, dtype=torch.float32, *, batch=2, heads=3, head_dim=24, scale=None, **options) -> None:
+    """Output and every gradient by the rule of twice the eager error."""
+    inputs = make_inputs(batch, heads, grid, head_dim, dtype, **options)
+    scale = head_dim**-0.5 if scale is None else scale
+    exact = with_gradients(lambda i: eager_attention(i, grid, scale), inputs.to(torch.float64))
+    eager = with_gradients(lambda i: eager_attention(i, grid, scale), inputs)
+    cancelling = 0.0
+    if grid == (1, 1):  # a constant softmax: the gradients are sums of terms that cancel
+        factor = max(1.0, inputs.q.abs().max().item(), inputs.k.abs().max().item())
+        cancelling = (inputs.grad * inputs.v).abs().sum(-1).max().item() * factor * batch
+    # on average our float32 errors are eager's, but each largest one may be on our side; see below for the averages
+    rounds = 8 if dtype == torch.float32 else 0
+    assert_as_exact(
+        with_gradients(lambda i: attend(i, grid, scale), inputs), eager, exact, cancelling=cancelling, rounds=rounds
+    )
+
+
+@pytest.mark.usefixtures("instruction_set")
+class TestEquivalence:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("grid", [(1, 1), (1, 7), (7, 1), (3, 5), (14, 14), (8, 18), (18, 8)])
+    def test_grids(self, grid, dtype):
+        check(grid, dtype)
+
+    def test_a_grid_of_several_chunks_of_keys(self):
+        check((17, 31))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("head_dim", [1, 8, 40, 48, 64, 80, 96, 128, 200])
+    def test_head_dims(self, head_dim, dtype):
+        check((6, 7), dtype, head_dim=head_dim)
+
+    @pytest.mark.parametrize("tokens", [2, 15, 16, 17, 63, 64, 65, 97, 191, 193])
+    def test_rows_of_any_length(self, tokens):
+        """Around the sizes of vectors, tiles and chunks."""
+        check((1, tokens), head_dim=17)
+
+    @pytest.mark.parametrize("gate", [-40.0, 0.0, 40.0])
+    def test_saturated_gates(self, gate):
+        check((4, 6), gate=gate)
+
+    @pytest.mark.parametrize("scale", [0.0, -0.5, 1.0])
+    def test_any_scale(self, scale):
+        check((4, 6), scale=scale)
+
+    @pytest.mark.parametrize("grid", [(3, 5), (14, 14)])
+    def test_float64_to_its_last_digits(self, grid):
+        inputs = make_inputs(2, 3, grid, 20, torch.float64)
+        exact = with_gradients(lambda i: eager_attention(i, grid, 0.25), inputs)
+        ours = with_gradients(lambda i: attend(i, grid, 0.25), inputs)
+        for mine, truth in zip(ours, exact, strict=True):
+            torch.testing.assert_close(mine, truth, rtol=1e-12, atol=1e-12)
+
+    def test_1024_tokens(self):
+        check((32, 32), batch=1, heads=1, head_dim=16)
+
+    def test_4096_tokens(self):
+        inputs = make_inputs(1, 1, (64, 64), 8)
+        exact, eager = (eager_attention(i, (64, 64), 0.4) for i in (inputs.to(torch.float64), inputs))
+        assert_as_exact([attend(inputs, (64, 64), 0.4)], [eager], [exact])
+
+    def test_the_average_error_is_that_of_eager(self):
+        squares = torch.zeros(2, 6, dtype=torch.float64)
+        for _ in range(8):
+            inputs = make_inputs(2, 3, (8, 9), 48)
+            exact = with_gradients(lambda i: eager_attention(i, (8, 9), 0.14), inputs.to(torch.float64))
+            for row, function in enumerate((attend, eager_attention)):
+                found = with_gradients(lambda i, function=function: function(i, (8, 9), 0.14), inputs)
+                squares[row] += torch.stack([(a - b).square().mean() for a, b in zip(found, exact, strict=True)])
+        assert ((squares[0] / squares[1]).sqrt() < 1.5).all()
+
+
+@pytest.mark.usefixtures("instruction_set")
+class TestExtremes:
+    def test_logits_of_ten_thousand(self):
+        """As sharp as a softmax gets: its exact result is nearly one key's value, and its gradients nearly vanish."""
+        grid = (5, 7)
+        inputs = make_inputs(2, 3, grid, 16, logits=1e4)
+        exact = with_gradients(lambda i: eager_attention(i, grid, 0.25), inputs.to(torch.float64))
+        eager = with_gradients(lambda i: eager_attention(i, grid, 0.25), inputs)
+        ours = with_gradients(lambda i: attend(i, grid, 0.25), inputs)
+        size = (inputs.grad * inputs.v).abs().sum(-1).max().item() * inputs.q.abs().max().item()
+        assert_as_exact(ours, eager, exact, rounds=4, cancelling=size)
+
+    @pytest.mark.parametrize("which", ["q", "k", "v"])
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    def test_non_finite_values_spread_as_in_the_reference_layer(self, which, value, dtype):
+        inputs = make_inputs(2, 2, (5, 4), 19, dtype)
+        spoiled = getattr(inputs, which).clone()
+        spoiled[1, 0, 5, 3] = value
+        inputs = inputs._replace(**{which: spoiled})
+        expected, found = eager_attention(inputs, (5, 4), 0.5), attend(inputs, (5, 4), 0.5)
+        assert not torch.isfinite(expected).all()
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.equal(found.isinf(), expected.isinf())
+
+    @pytest.mark.parametrize("which", ["q", "k", "v", "pos_weight", "gate", "grad"])
+    def test_a_nan_is_lost_in_no_result(self, which):
+        """Every result that has a NaN for its input has one here; eager's renormalisation spreads some further."""
+        inputs = make_inputs(1, 2, (3, 4), 8)
+        spoiled = getattr(inputs, which).clone()
+        spoiled[(0,) * spoiled.dim()] = float("nan")
+        inputs = inputs._replace(**{which: spoiled})
+        out, _, _, dv, d_weight, d_gate = with_gradients(lambda i: attend(i, (3, 4), 0.5), inputs)
+        assert torch.equal(out.isnan(), eager_attention(inputs, (3, 4), 0.5).isnan())
+        assert d_gate[0].isnan()
+        assert d_weight[0].isnan().all() == (which not in ("q", "k"))
+        assert not d_gate[1].isnan() and not d_weight[1].isnan().any()
+        assert dv[0, 0].isnan().any() == (which != "v")
+
+    @pytest.mark.parametrize(
+        ("dtype", "value"),
+        [
+            (torch.float16, 1e-7),  # subnormal
+            (torch.float16, 6.1e-5),
+            (torch.float16, 65504.0),
+            (torch.bfloat16, 1.2e-38),
+            (torch.bfloat16, 1e38),
+        ],
+    )
+    def test_numbers_at_the_edges_of_half_precision(self, dtype, value):
+        """With one token the output is the value itself."""
+        v = torch.full((1, 1, 1, 3), value).to(dtype)
+        q = torch.ones_like(v)
+        out = ck.gpsa_attention(q, q, v, torch.zeros(1, 3), torch.zeros(1), backend="cpu")
+        assert torch.equal(out, v)
+
+    def test_half_precision_rounds_to_nearest(self):
+        """Every float16 number and its neighbours' middle, against torch's own conversion; NaN and infinity too."""
+        every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+        v = every.view(1, -1, 1, 16).transpose(0, 1).reshape(-1, 1, 1, 16)
+        q, pos_weight = torch.zeros_like(v), torch.zeros(1, 3)
+        out = ck.gpsa_attention(q, q, v, pos_weight, torch.zeros(1), backend="cpu")
+        assert torch.equal(out.nan_to_num(nan=0.0), v.nan_to_num(nan=0.0))
+        assert torch.equal(out.isnan(), v.isnan())
+        # two tokens with weights of one half each: sums of neighbours fall between two numbers
+        pair = torch.stack((v, v.roll(1, 0)), dim=2).view(-1, 1, 2, 16)
+        q = torch.zeros_like(pair)
+        out = ck.gpsa_attention(q, q, pair, pos_weight, torch.zeros(1), grid_size=(1, 2), backend="cpu")[:, 0, 0]
+        expected = (pair[:, 0].float() / 2).sum(1).to(torch.float16)
+        assert torch.equal(out.nan_to_num(nan=0.0), expected.nan_to_num(nan=0.0))
+
+
+class TestLayout:
+    def test_any_strides(self):
+        grid, shape = (4, 5), (2, 3, 20, 12)
+        dense = make_inputs(2, 3, grid, 12)
+        layouts = [
+            lambda t: t.contiguous(),
+            lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+            lambda t: t.flip(0).contiguous().flip(0),
+            lambda t: torch.stack((t, t), -1)[..., 1],
+        ]
+        expected = with_gradients(lambda i: attend(i, grid), dense)
+        for layout in layouts:
+            inputs = Inputs(*(layout(t) if t.shape == shape else t for t in dense))
+            for mine, truth in zip(with_gradients(lambda i: attend(i, grid), inputs), expected, strict=True):
+                assert torch.equal(mine, truth)
+
+    def test_expanded_inputs_and_gradients(self):
+        q, pos_weight, gate = torch.randn(1, 1, 1, 1), torch.randn(3).expand(2, 3), torch.randn(1).expand(2)
+        q = q.expand(2, 2, 12, 5)
+        inputs = Inputs(q, q, q, pos_weight, gate, torch.ones(()).expand(2, 2, 12, 5))
+        found = with_gradients(lambda i: attend(i, (3, 4)), inputs)
+        expected = with_gradients(lambda i: attend(i, (3, 4)), Inputs(*(t.contiguous() for t in inputs)))
+        assert all(torch.equal(mine, truth) for mine, truth in zip(found, expected, strict=True))
+
+    def test_results_are_laid_out_for_the_output_projection(self):
+        inputs = make_inputs(2, 3, (4, 5), 12)
+        out, dq, dk, dv, *_ = with_gradients(lambda i: attend(i, (4, 5)), inputs)
+        assert all(t.transpose(1, 2).is_contiguous() for t in (out, dq, dk, dv))
+
+    def test_inputs_with_adjacent_channels_are_not_copied(self):
+        inputs = make_inputs(2, 2, (8, 8), 16)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            with_gradients(lambda i: attend(i, (8, 8)), inputs)
+        assert not {event.key for event in profile.key_averages()} & {"aten::copy_", "aten::contiguous", "aten::clone"}
+
+
+class TestThreads:
+    @pytest.mark.parametrize("shape", [(5, 3, (7, 9), 20), (1, 1, (16, 20), 48), (1, 2, (1, 3), 5)])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_the_same_bits_on_any_number(self, threads, shape, dtype):
+        batch, heads, grid, head_dim = shape
+        inputs = make_inputs(batch, heads, grid, head_dim, dtype)
+        results = []
+        for count in (1, 2, 5):
+            threads(count)
+            results.append(with_gradients(lambda i: attend(i, grid), inputs))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def test_images_do_not_change_one_another(self):
+        inputs = make_inputs(3, 2, (5, 6), 16)
+        one = Inputs(*(t[1:2] if t.dim() == 4 else t for t in inputs))
+        assert torch.equal(attend(inputs, (5, 6))[1:2], attend(one, (5, 6)))
+
+
+MEMORY = """
+import resource, torch, convit_kernels as ck
+torch.set_num_threads(1)
+def attend(side, head_dim, dtype):
+    q = torch.zeros(1, 1, side * side, head_dim, dtype=dtype)
+    parameters = torch.zeros(1, 3, dtype=torch.promote_types(dtype, torch.float32)), torch.zeros(1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with torch.no_grad():
+        ck.gpsa_attention(q[..., :1, :], q[..., :1, :], q[..., :1, :], *parameters, backend="cpu")
+        out = ck.gpsa_attention(q, q, q, *parameters, backend="cpu")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before - out.nbytes // 1024
+attend(4, 8, torch.float32)
+print(max(attend({side}, {head_dim}, torch.{dtype}), 0))
+"""
+
+
+class TestMemory:
+    @pytest.mark.parametrize(
+        ("side", "head_dim", "dtype"),
+        [(14, 48, "float32"), (64, 48, "float32"), (64, 256, "float64"), (128, 16, "float32"), (128, 8, "float64")],
+    )
+    def test_a_forward_takes_at_most_two_megabytes_a_thread(self, side, head_dim, dtype):
+        program = MEMORY.format(side=side, head_dim=head_dim, dtype=dtype)
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        assert int(done.stdout) <= 2048 + 256  # the process itself grows a little, too
+
+
+class TestOperator:
+    def arguments(self, dtype=torch.float32):
+        inputs = make_inputs(2, 3, (3, 4), 8, dtype)
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs[:5]]
+        return leaves, (3, 4, 0.5, 0.0, None)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_opcheck(self, dtype):
+        leaves, settings = self.arguments(dtype)
+        torch.library.opcheck(torch.ops.convit_kernels.gated_attention.default, (*leaves, *settings, True))
+        out, lse, content = ops.gated_attention(*leaves, *settings, True)
+        detached = [t.detach() for t in leaves]
+        arguments = (torch.randn_like(out), *detached[:3], content.detach(), lse.detach(), *detached[3:], *settings)
+        torch.library.opcheck(torch.ops.convit_kernels.gated_attention_backward.default, arguments)
+
+    def test_the_log_sum_exp(self):
+        (q, k, v, pos_weight, gate), settings = self.arguments()
+        _, lse, content = ops.gated_attention(q, k, v, pos_weight, gate, *settings, True)
+        torch.testing.assert_close(lse, (0.5 * q @ k.mT).logsumexp(-1))
+        assert content.numel() == 0
+        assert ops.gated_attention(q, k, v, pos_weight, gate, *settings, False)[1].numel() == 0
+
+    @pytest.mark.parametrize(
+        ("changes", "text"),
+        [
+            ({"height": 4}, "height \\* width must be the number of tokens"),
+            ({"height": 2**40, "width": 2**40}, "the grid must"),
+            ({"dropout_p": 0.5}, "no dropout"),
+            ({"k": torch.randn(2, 3, 12, 7)}, "k must have q's shape"),
+            ({"v": torch.randn(2, 3, 12, 8).double()}, "v must have q's dtype"),
+            ({"q": torch.randn(2, 12, 8)}, "q must have shape"),
+            ({"pos_weight": torch.randn(3, 3).double()}, "pos_weight must be float64 where q is"),
+            ({"pos_weight": torch.randn(3, 2)}, "pos_weight must have shape"),
+            ({"gate": torch.randn(2)}, "gate must have shape"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused(self, changes, text):
+        q = torch.randn(2, 3, 12, 8)
+        arguments = {"q": q, "k": q, "v": q, "pos_weight": torch.randn(3, 3), "gate": torch.randn(3), "height": 3}
+        arguments |= {"width": 4, "scale": 0.5, "dropout_p": 0.0, "philox": None, "need_grad": False} | changes
+        with pytest.raises(RuntimeError, match=text):
+            torch.ops.convit_kernels.gated_attention(*arguments.values())
+
+    def test_a_second_derivative_is_refused(self):
+        leaves, settings = self.arguments()
+        out, *_ = ops.gated_attention(*leaves, *settings, True)
+        (d_q,) = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
+        with pytest.raises(NotImplementedError, match="backend='reference'"):
+            torch.autograd.grad(d_q.sum(), leaves[0])
+
+    def test_compiled_in_one_graph(self):
+        inputs = make_inputs(2, 2, (3, 4), 8)
+        compiled = torch.compile(lambda i: attend(i, (3, 4)), fullgraph=True, backend="aot_eager")
+        ours, expected = (with_gradients(f, inputs) for f in (compiled, lambda i: attend(i, (3, 4))))
+        assert all(torch.equal(mine, truth) for mine, truth in zip(ours, expected, strict=True))
+
+
+class TestChoice:
+    def test_it_is_the_fastest_on_a_cpu(self):
+        inputs = make_inputs(2, 2, (3, 4), 8)
+        chosen = ck.gpsa_attention(*inputs[:5], grid_size=(3, 4))
+        assert torch.equal(chosen, attend(inputs, (3, 4)))
+        assert not torch.equal(chosen, ck.gpsa_attention(*inputs[:5], grid_size=(3, 4), backend="composite"))
+
+    def test_dropout_takes_the_reference_path(self):
+        inputs = make_inputs(2, 2, (3, 4), 8)
+        results = []
+        for backend in ("cpu", "reference", None):
+            torch.manual_seed(5)
+            results.append(ck.gpsa_attention(*inputs[:5], grid_size=(3, 4), dropout_p=0.4, backend=backend))
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+
+    @pytest.mark.parametrize("name", ["avx1024", "AVX2"])
+    def test_an_unknown_instruction_set_is_refused_with_those_there_are(self, name, monkeypatch):
+        monkeypatch.setenv("CONVIT_KERNELS_ISA", name)
+        inputs = make_inputs(1, 1, (2, 2), 4)
+        with pytest.raises(RuntimeError, match=f"CONVIT_KERNELS_ISA={name}.*only .*portable"):
+            attend(inputs, (2, 2))
+        with pytest.raises(RuntimeError, match=f"CONVIT_KERNELS_ISA={name}"):
+            extension.instruction_set()
