@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SOURCES := setup.py convit_kernels/schemas.py $(wildcard csrc/*)
 
-.PHONY: demo test kernels bench lint abi sanitize clean
+.PHONY: demo test kernels bench results lint abi sanitize clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -29,6 +29,12 @@ kernels: $(VENV)/built
 
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+# The benchmarks, kept by machine and commit; then the README's performance section from them.
+results: $(VENV)/built
+	results=$$($(BIN)/python benchmarks/results_path.py) && \
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=$$results $(ARGS) && \
+	$(BIN)/python benchmarks/readme.py $$results
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

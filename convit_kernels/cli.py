@@ -1,11 +1,13 @@
-"""The commands: what can run here (`info`), whether it is right (`selfcheck`), a model before and after (`demo`)."""
+"""The commands.
+
+What can run here (`info`), whether it is right (`selfcheck`), a model before and after (`demo`), where its time goes
+(`profile`), and what the benchmarks found (`report`).
+"""
 
 import json
 import os
-import platform
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,26 +20,10 @@ from rich.table import Table
 
 from . import extension
 from .attention import backends
+from .machine import machine
 
 app = typer.Typer(help="Fast, exact gated positional self-attention (GPSA) of ConViT.", no_args_is_help=True)
 console = Console()
-
-
-def machine() -> dict[str, Any]:
-    """What a measurement was made on: processor, threads, GPU, versions."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "convit_kernels": version("convit_kernels"),
-    }
 
 
 def native_libraries() -> dict[str, str]:
@@ -198,3 +184,80 @@ def demo(
         console.print(f"written to {json_file}")
     if not all(result["passed"] for result in results):
         raise typer.Exit(1)
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Option(help="convit_tiny, _small or _base, or one of these with _plus.")] = (
+        "convit_small"
+    ),
+    batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 8,
+    backward: Annotated[bool, typer.Option("--backward", help="A training step's forward and backward.")] = False,
+    layer: Annotated[bool, typer.Option("--layer", help="One GPSA layer in place of the whole model.")] = False,
+    device: Annotated[str, typer.Option(help="Where to run.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    compare: Annotated[str, typer.Option(help="eager, compile, auto (our fastest), or a backend; with commas.")] = (
+        "eager,auto"
+    ),
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each contender, interleaved.")] = 5,
+    trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace of each contender into it.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page with tables and plots.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here as JSON.")] = None,
+) -> None:
+    """Where the time and memory of timm go and where ours: operators by phase, side by side."""
+    try:
+        from . import profile as profiling
+        from .accuracy import WrongResultsError
+
+        if html is not None:
+            from . import profile_page
+    except ImportError as error:
+        console.print(f"profile needs {error.name}: pip install 'convit_kernels\\[bench]'", style="red")
+        raise typer.Exit(1) from error
+    try:
+        task = profiling.task(model, batch, backward, layer, device, dtype)
+        # plain lines: a spinner's thread would take its share of what is measured
+        found = profiling.run(
+            task, compare.split(","), repeats, trace, lambda text: console.print(text, style="dim", highlight=False)
+        )
+    except ValueError as error:
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    except WrongResultsError as error:
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    console.print(*profiling.tables(found), sep="\n")
+    if html is not None:
+        html.write_text(profile_page.render(found))
+    if json_file is not None:
+        json_file.write_text(json.dumps(found.to_json(), indent=2))
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="What pytest benchmarks --benchmark-json wrote.", exists=True)],
+    against: Annotated[Path | None, typer.Option(help="Older results: what became slower or faster.", exists=True)] = (
+        None
+    ),
+    out: Annotated[Path | None, typer.Option(help="Write the figures into it, as SVG and PNG.")] = None,
+) -> None:
+    """The results of the benchmarks as tables and figures; exits with 1 where something became slower."""
+    try:
+        from . import report as reporting
+
+        new = reporting.load(results)
+        old = reporting.load(against) if against else None
+        written = reporting.write_figures(new, out) if out else []
+    except ImportError as error:
+        console.print(f"report needs {error.name}: pip install 'convit_kernels\\[bench]'", style="red")
+        raise typer.Exit(1) from error
+    except ValueError as error:
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    console.print(*reporting.tables(new.rows, new.not_measured), sep="\n")
+    for path in written:
+        console.print(f"written to {path}", markup=False, soft_wrap=True)
+    if old is not None:
+        console.print(*reporting.comparison(new, old), sep="\n")
+        if any(change.verdict == "slower" for change in reporting.compare(new.rows, old.rows)):
+            raise typer.Exit(1)

@@ -1,9 +1,7 @@
 """timm's ConViT on real photographs, eager against replaced: differences, time, memory."""
 
 import copy
-import os
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,10 @@ from rich.table import Table
 from sklearn.datasets import load_sample_images
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from torchvision.transforms import v2
 
+from .contenders import perturb
+from .measure import check_device, interleaved, peak_memory
 from .replace import replace_gpsa
 
 MODELS = ("convit_tiny", "convit_small", "convit_base")
@@ -35,14 +34,7 @@ def check_arguments(names: Sequence[str], checkpoint: Path | None, device: str) 
             raise ValueError(f"timm has no ConViT named {name!r}: allowed are {', '.join(known)}")
     if checkpoint is not None and len(names) != 1:
         raise ValueError(f"--checkpoint holds the weights of one model: give one --model, not {len(names)}")
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        kind = "unknown"
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU on this machine")
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu or cuda, but is {device!r}")
+    check_device(device)
 
 
 def photographs(batch: int, model: nn.Module) -> Tensor:
@@ -67,11 +59,7 @@ def photographs(batch: int, model: nn.Module) -> Tensor:
 
 
 def build(name: str, checkpoint: Path | None) -> nn.Module:
-    """The model with real weights, or with seeded ones in which every branch of GPSA matters.
-
-    Fresh weights have equal gates and nearly uniform content attention, which would hide errors: gates and positions
-    are perturbed, and the content logits made larger.
-    """
+    """The model with real weights, or with seeded ones in which every branch of GPSA matters."""
     torch.manual_seed(0)
     model: nn.Module = timm.create_model(name, pretrained=False)
     if checkpoint is not None:
@@ -80,43 +68,8 @@ def build(name: str, checkpoint: Path | None) -> nn.Module:
         except Exception as error:  # a damaged or foreign file fails in many ways
             raise ValueError(f"{checkpoint} does not hold the weights of {name}: {error}") from error
         return model.eval()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, timm.models.convit.GPSA):
-                module.gating_param.add_(1.5 * torch.randn_like(module.gating_param))
-                module.pos_proj.weight.mul_(1 + 0.3 * torch.randn_like(module.pos_proj.weight))
-                module.qk.weight.mul_(3)
+    perturb(model)
     return model.eval()
-
-
-def peak_memory(function: Callable[[], Any], device: str) -> int:
-    """Bytes allocated at the highest point of one call, beyond what was allocated before it."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        function()
-        return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces each start and stop on stderr
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        function()
-    # every allocation and release of torch's CPU allocator, in order
-    events: Any = recorded.profiler.kineto_results.events()
-    current = peak = 0
-    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
-        current += event.nbytes()
-        peak = max(peak, current)
-    return peak
-
-
-def seconds(function: Callable[[], Any], device: str) -> float:
-    cuda = torch.device(device).type == "cuda"
-    if cuda:
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    function()
-    if cuda:
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 @torch.inference_mode()
@@ -137,11 +90,8 @@ def compare(
     memory = peak_memory(lambda: eager(images), device), peak_memory(lambda: replaced(images), device)
     step()
 
-    times: tuple[list[float], list[float]] = [], []
-    for _ in range(repeats):
-        times[0].append(seconds(lambda: eager(images), device))
-        times[1].append(seconds(lambda: replaced(images), device))
-        step()
+    models = {"eager": lambda: eager(images), "replaced": lambda: replaced(images)}
+    times = list(interleaved(models, device, repeats, step).values())
     eager_error = (logits - exact).abs().max().item()
     difference = (fused - logits).abs().max().item()
     median = [statistics.median(samples) for samples in times]

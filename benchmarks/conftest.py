@@ -1,0 +1,90 @@
+"""Options of the benchmarks, what they run by default, and the tables at the end."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+import pytest
+import torch
+from rich.console import Console
+from tasks import default_tasks, sweep_tasks, why_left_out
+
+from convit_kernels.contenders import Task, contender_names
+from convit_kernels.machine import machine
+from convit_kernels.report import NotMeasured, Row, tables
+
+
+@dataclass
+class Log:
+    """What a session has measured, what not and why, and when it begins no more groups."""
+
+    deadline: float
+    rows: list[Row] = field(default_factory=list)
+    not_measured: list[NotMeasured] = field(default_factory=list)
+
+    def leave_out(self, task: Task, names: Iterable[str], reason: str) -> NoReturn:
+        self.not_measured += [NotMeasured(str(task), name, reason) for name in names]
+        pytest.skip(reason)
+
+
+LOG = pytest.StashKey[Log]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    options = parser.getgroup("convit_kernels")
+    options.addoption("--sweep", action="store_true", help="also grids of 14x14 to 64x64, batches of 1 to 64, and more")
+    options.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+    options.addoption("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of all tensors")
+    options.addoption("--contenders", default="", help="only these, comma-separated; eager is always run beside")
+    options.addoption("--row-seconds", type=float, default=0.8, help="about how long one row is timed")
+    options.addoption(
+        "--minutes", type=float, help="begin no more groups after that (default: 9, or none with --sweep)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    minutes = config.getoption("--minutes") or (1e9 if config.getoption("--sweep") else 9)
+    config.stash[LOG] = Log(time.monotonic() + 60 * minutes)
+
+
+@pytest.fixture(scope="session")
+def log(request: pytest.FixtureRequest) -> Log:
+    return request.config.stash[LOG]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "match" not in metafunc.fixturenames:
+        return
+    option = metafunc.config.getoption
+    dtype = getattr(torch, option("--dtype"))
+    tasks = default_tasks(option("--device"), dtype) + (
+        sweep_tasks(option("--device"), dtype) if option("--sweep") else []
+    )
+    chosen = set(filter(None, option("--contenders").split(",")))
+    cases = []
+    for task in dict.fromkeys(tasks):
+        mode = "backward" if task.backward else "forward"
+        task_id = f"{task.part}-{task.model}-{mode}-{task.batch}x{task.side}x{task.side}"
+        names = [name for name in contender_names(task) if not chosen or name in chosen]
+        left_out = {} if option("--sweep") else {name: why for name in names if (why := why_left_out(task, name))}
+        competing = tuple(name for name in names if name not in left_out)
+        cases += [pytest.param((task, competing), name, id=f"{task_id}-{name}") for name in competing]
+        metafunc.config.stash[LOG].not_measured += [NotMeasured(str(task), name, why) for name, why in left_out.items()]
+    metafunc.parametrize(("match", "name"), cases, indirect=["match"], scope="module")
+
+
+def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict:
+    return {"convit_kernels": machine()}
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict) -> None:
+    output_json["not_measured"] = [left_out._asdict() for left_out in config.stash[LOG].not_measured]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if rows := config.stash[LOG].rows:
+        # a log file has no width of its own: the table's must not be cut to 80 columns
+        console = Console(width=None if terminalreporter.isatty else 110)
+        console.print(*tables(rows, config.stash[LOG].not_measured), sep="\n")

@@ -1,0 +1,116 @@
+"""Rewrites the README's performance section from a file of results, so that its figures cannot drift from it.
+
+python benchmarks/readme.py [RESULTS.json]          default: the file that the section names
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from convit_kernels.contenders import ARCHITECTURES, EAGER, FLOOR, PARTS, label
+from convit_kernels.measure import milliseconds
+from convit_kernels.report import Results, Row, by_group, describe, load, place, write_figures
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+BEGIN, END = "<!-- performance: begin ({source}), written by make results -->", "<!-- performance: end -->"
+SECTION = re.compile(r"<!-- performance: begin \((?P<source>[^)]*)\).*?<!-- performance: end -->", re.DOTALL)
+
+
+def _cells(row: Row) -> list[str]:
+    p20, p50, p80 = map(milliseconds, row.time)
+    error = "" if row.error is None else f"{row.error:.0e} of {row.allowed_error:.0e}"
+    ratio = "" if row.ratio is None else f"**{row.ratio:.2f}**"
+    return [ratio, f"{p50} ({p20} to {p80})", error, f"{row.peak_memory / 1e6:.1f}", f"{row.share_of_peak:.0%}"]
+
+
+def _best(rows: list[Row]) -> Row | None:
+    """The fastest of our backends."""
+    ours = [row for row in rows if row.ratio is not None and label(row.contender).startswith("ours")]
+    return max(ours, key=lambda row: row.ratio or 0.0, default=None)
+
+
+def _summary(results: Results) -> list[str]:
+    """A table of the best ratio: a line a task, a column a size."""
+    groups = by_group(row for row in results.rows if row.tokens == 196)
+    best: dict[tuple[str, bool, str], Row] = {}
+    for rows in groups.values():
+        found = _best(rows)
+        if found is not None:  # of the sweep's batches the default set's, which comes first
+            best.setdefault((found.part, found.backward, found.model), found)
+    models = [model for model in ARCHITECTURES if any(key[2] == model for key in best)]
+    lines = [
+        "| times faster than eager timm | " + " | ".join(ARCHITECTURES[model].title[7:] for model in models) + " |",
+        "| --- |" + " ---: |" * len(models),
+    ]
+    for part, title in PARTS.items():
+        for backward in (False, True):
+            rows = [best.get((part, backward, model)) for model in models]
+            if any(rows):
+                cells = [f"{row.ratio:.2f}" if row else "" for row in rows]
+                mode = "forward + backward" if backward else "forward"
+                lines.append(f"| {title}, {mode} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _details(results: Results) -> list[str]:
+    lines = []
+    for group, rows in by_group(results.rows).items():
+        lines += [
+            f"**{group}**",
+            "",
+            "| contender | times faster | ms (p20 to p80) | error of allowed | peak MB | of peak |",
+            "| --- | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for row in sorted(rows, key=lambda row: place(row.contender)):
+            lines.append(f"| {label(row.contender)} | " + " | ".join(_cells(row)) + " |")
+        lines.append("")
+    return lines
+
+
+def section(results: Results, source: str) -> str:
+    """The section, markers included, from results and the path of their file beside the README."""
+    control = [row.ratio for row in results.rows if row.contender == EAGER and row.ratio is not None]
+    measured_gpu = any(row.device.startswith("cuda") for row in results.rows)
+    reasons = {entry.reason for entry in results.not_measured}
+    lines = [
+        BEGIN.format(source=source),
+        f"Measured on {describe(results.machine)}; [all of it]({source}), {len(results.rows)} rows. Times faster than",
+        "eager timm: medians over pairs of neighbouring runs, our fastest backend, 14x14 patches. A group is timed",
+        "only when all of its results are right: an error against float64 of at most twice eager's, plus a few",
+        "roundings.",
+        "",
+        *_summary(results),
+        "",
+        f"![Times faster than eager timm, by model and contender]({Path(source).with_suffix('') / 'speed-up.svg'})",
+        "",
+    ]
+    if control:
+        loads = [row.machine["load_1_minute"] for row in results.rows if row.machine["load_1_minute"] is not None]
+        busy = f", at a load of {min(loads):g} to {max(loads):g} on {results.machine['cores']} cores" if loads else ""
+        lines.append("Noise: eager against itself, measured in the same way, comes out at")
+        lines.append(f"{min(control):.2f} to {max(control):.2f} times{busy}.")
+    if any(row.contender == FLOOR for row in results.rows):
+        lines.append(f"{label(FLOOR)}: PyTorch's fused attention without position, which is less work.")
+    lines.append("")
+    if not measured_gpu:
+        lines.append("**Not measured: any GPU.** None was at hand; nothing here says how fast the Triton kernels are.")
+    lines += [f"Not measured either: {reason}." for reason in sorted(reasons)]
+    lines += ["", "<details><summary>Every row</summary>", "", *_details(results), "</details>", "", END]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    text = README.read_text()
+    found = SECTION.search(text)
+    if found is None:
+        sys.exit(f"{README} has no performance section: put '{BEGIN}' and '{END}' where it belongs")
+    path = Path(arguments[0]).resolve() if arguments else ROOT / found["source"]
+    results = load(path)
+    source = path.relative_to(ROOT).as_posix()
+    write_figures(results, path.with_suffix(""), formats=("svg",))
+    README.write_text(text[: found.start()] + section(results, source) + text[found.end() :])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,142 @@
+"""Attention, GPSA layer and whole ConViT models: timm's, PyTorch's and ours, interleaved and checked.
+
+    pytest benchmarks --benchmark-only               the default set, ten minutes on two cores
+    pytest benchmarks --benchmark-only --sweep       also grids and batches, up to where memory ends
+    pytest benchmarks --benchmark-only -k "layer and small"
+
+No contender of a group is timed before all of them are right. Each of its rounds is preceded by one of eager timm, so
+that the ratio of the two is of the same minutes of the same machine. On a GPU the times are between events, after the
+L2 has been flushed; that path has not run on one yet.
+"""
+
+import time
+
+import pytest
+import torch
+
+from convit_kernels.accuracy import Accuracy, WrongResultsError, judge, require_right
+from convit_kernels.contenders import EAGER, CannotRunError, Contender, Task, build
+from convit_kernels.machine import machine
+from convit_kernels.measure import (
+    DoesNotFitError,
+    arithmetic_peak,
+    flush_cache,
+    memory_limit,
+    memory_peak,
+    peak_memory,
+    peak_resident,
+    seconds,
+    spread,
+)
+from convit_kernels.report import Row
+
+ROUNDS = (5, 50)  # the fewest and the most of a row
+SLOW, SLOW_ROUNDS = 2.0, 3  # seconds of a round beyond which fewer must do
+CHECKED_TOKENS = 1024  # of a grid beyond which one image of a batch is checked: float64 needs the memory
+
+
+class Match:
+    """One task, its contenders, and what the gate says about them."""
+
+    def __init__(self, task: Task, names: tuple[str, ...]) -> None:
+        self.task = task
+        self.contenders: dict[str, Contender] = {}
+        self.reasons: dict[str, str] = {}
+        checked = task if task.tokens <= CHECKED_TOKENS else task._replace(batch=1)
+        candidates = {}
+        for name in dict.fromkeys((EAGER, *names)):
+            try:
+                self.contenders[name] = build(task, name)
+                candidates[name] = self.contenders[name] if checked == task else build(checked, name)
+            except CannotRunError as reason:
+                self.reasons[name] = str(reason)
+        self.accuracy: dict[str, Accuracy] = judge(checked, candidates)
+
+    def check(self) -> None:
+        """Fails where any contender of the group is wrong."""
+        try:
+            require_right(self.accuracy)
+        except WrongResultsError as reason:
+            pytest.fail(str(reason), pytrace=False)
+
+
+@pytest.fixture(scope="module")
+def match(request: pytest.FixtureRequest, log) -> Match:
+    task, names = request.param
+    if time.monotonic() > log.deadline:
+        log.leave_out(task, names, "the set's minutes were spent: --minutes gives more")
+    torch.compiler.reset()  # else earlier groups' versions of the same code use up the compiler's limit
+    try:
+        with memory_limit(task.device):
+            return Match(task, names)
+    except DoesNotFitError as reason:
+        log.leave_out(task, names, f"out of memory: float64, which the gate needs, does not fit: {reason}")
+
+
+def test_convit(benchmark, match: Match, name: str, request: pytest.FixtureRequest, log) -> None:
+    task, device = match.task, match.task.device
+    match.check()
+    if name in match.reasons:
+        log.leave_out(task, [name], match.reasons[name])
+    call, eager = (match.contenders[key].call(task.backward) for key in (name, EAGER))
+    try:
+        with memory_limit(device):
+            resident = peak_resident(call)
+            peak = peak_memory(call, device)
+            once = seconds(call, device)
+    except DoesNotFitError as reason:
+        log.leave_out(task, [name], f"out of memory: {reason}")
+    try:
+        with memory_limit(device):
+            eager()
+            once += seconds(eager, device)
+    except DoesNotFitError:
+        eager = None
+
+    times: list[float] = []
+    eager_times: list[float] = []
+
+    def before() -> None:
+        if eager is not None:
+            flush_cache(device)
+            eager_times.append(seconds(eager, device))
+        flush_cache(device)
+
+    fewest = SLOW_ROUNDS if once > SLOW else ROUNDS[0]
+    rounds = int(min(max(request.config.getoption("--row-seconds") / once, fewest), ROUNDS[1]))
+    benchmark.group = str(task)
+    benchmark.pedantic(lambda: times.append(seconds(call, device)), setup=before, rounds=rounds)
+
+    p50 = spread(times).p50
+    shares = {
+        "arithmetic": task.flops() / p50 / arithmetic_peak(device, task.dtype).rate,
+        "memory": task.bytes() / p50 / memory_peak(device).rate,
+    }
+    bound = max(shares, key=lambda kind: shares[kind])
+    accuracy = match.accuracy.get(name)
+    row = Row(
+        group=str(task),
+        contender=name,
+        seconds=times,
+        eager_seconds=eager_times,
+        error=accuracy and accuracy.error,
+        eager_error=accuracy and accuracy.eager_error,
+        allowed_error=accuracy and accuracy.allowed,
+        peak_memory=peak,
+        peak_memory_is="most bytes held by torch's allocator in one call, beyond those held before",
+        peak_resident=resident,
+        gflops=task.flops() / p50 / 1e9,
+        share_of_peak=shares[bound],
+        bound=bound,
+        peak=(arithmetic_peak(device, task.dtype) if bound == "arithmetic" else memory_peak(device)).how,
+        part=task.part,
+        model=task.model,
+        batch=task.batch,
+        tokens=task.tokens,
+        backward=task.backward,
+        dtype=str(task.dtype)[6:],
+        device=device,
+        machine=machine(),
+    )
+    log.rows.append(row)
+    benchmark.extra_info.update(row.to_json())

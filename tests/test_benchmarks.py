@@ -1,0 +1,217 @@
+"""The benchmarks: what is measured, and that a wrong kernel is not timed. No test judges a time."""
+
+import importlib
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import convit_kernels as ck
+from convit_kernels import measure
+from convit_kernels.accuracy import WrongResultsError, judge, require_right
+from convit_kernels.contenders import (
+    ARCHITECTURES,
+    COMPILED,
+    EAGER,
+    FLOOR,
+    PARTS,
+    CannotRunError,
+    Task,
+    build,
+    contender_names,
+    convit,
+)
+
+ROOT = Path(__file__).parent.parent
+ONE_GROUP = ("-k", "attention and tiny and forward and not plus")
+QUICK = ("--row-seconds", "0.01", "--contenders", "eager,sdpa,composite")
+
+
+def run_benchmarks(*arguments: str, plugin: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The suite in a process of its own, where a plugin may have changed a kernel."""
+    extra = ["-p", plugin.stem, "-o", f"pythonpath={plugin.parent}"] if plugin else []
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", *QUICK, *extra, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What one group prints, and its JSON."""
+    path = tmp_path_factory.mktemp("results") / "results.json"
+    done = run_benchmarks(*ONE_GROUP, f"--benchmark-json={path}")
+    assert done.returncode == 0, done.stdout
+    return done.stdout, json.loads(path.read_text())
+
+
+class TestSuite:
+    def test_the_table_names_task_and_contenders_and_puts_the_ratio_first(self, results):
+        text, _ = results
+        summary = text[text.index("\nattention, ConViT-Ti, forward, batch 8, 14x14 patches, float32, cpu") :]
+        header, *lines = [
+            line.split() for line in summary.splitlines() if line.startswith((" contender", " timm", " ours", " SDPA"))
+        ]
+        assert header[:2] == ["contender", "faster"]
+        assert [line[0] for line in lines] == ["timm,", "SDPA,", "ours:"]  # eager first, ours last
+
+    def test_each_row_carries_what_is_needed_to_judge_it(self, results):
+        _, content = results
+        rows = {entry["extra_info"]["contender"]: entry["extra_info"] for entry in content["benchmarks"]}
+        assert set(rows) == {EAGER, FLOOR, "composite"}
+        row = rows["composite"]
+        assert list(row)[:4] == ["ratio_to_eager", "p20_ms", "p50_ms", "p80_ms"]
+        assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+        assert len(row["eager_seconds"]) == len(row["seconds"])  # interleaved: one of eager before each
+        assert 0 < row["error"] <= row["allowed_error"]
+        assert row["allowed_error"] >= 2 * row["eager_error"]
+        assert 0 < row["peak_memory"] < rows[EAGER]["peak_memory"]  # no N x N map
+        assert row["gflops"] > 0 and row["share_of_peak"] > 0 and row["bound"] in ("arithmetic", "memory")
+        assert {"cpu", "gpu", "cpu_clock_mhz", "threads", "torch", "triton", "cuda", "driver", "commit"} <= set(
+            row["machine"]
+        )
+        assert rows[FLOOR]["error"] is None  # it computes something else
+
+    def test_what_was_not_measured_is_kept_with_the_reason(self, results):
+        _, content = results
+        assert all(entry["reason"] for entry in content["not_measured"])
+
+    def test_a_planted_error_turns_the_gate_red_and_nothing_is_timed(self, tmp_path):
+        (tmp_path / "planted.py").write_text(
+            "from convit_kernels import attention\n"
+            "entry = attention._BACKENDS['composite']\n"
+            "wrong = lambda *args: entry.attention(*args) * 1.001\n"
+            "attention._BACKENDS['composite'] = entry._replace(attention=wrong)\n"
+        )
+        done = run_benchmarks(*ONE_GROUP, plugin=tmp_path / "planted.py")
+        assert done.returncode == 1
+        assert "wrong results, so nothing is timed here. ours: composite: out: error 1.0e-03" in done.stdout
+        assert "3 failed" in done.stdout  # the whole group
+        assert "faster" not in done.stdout
+        assert "GFLOP/s" not in done.stdout
+
+    def test_where_eager_runs_out_of_memory_the_others_are_still_measured(self, tmp_path):
+        (tmp_path / "short.py").write_text(
+            "import torch\n"
+            "from convit_kernels import contenders\n"
+            "eager, calls = contenders.eager_attention, []\n"
+            "def short_of_memory(q, *rest):\n"
+            "    calls.append(q.dtype)\n"
+            "    if calls.count(torch.float32) > 1:  # the gate's call is the first\n"
+            '        raise RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried to allocate 1 TB")\n'
+            "    return eager(q, *rest)\n"
+            "contenders.eager_attention = short_of_memory\n"
+        )
+        path = tmp_path / "results.json"
+        done = run_benchmarks(*ONE_GROUP, f"--benchmark-json={path}", plugin=tmp_path / "short.py")
+        assert "2 passed, 1 skipped" in done.stdout, done.stdout
+        content = json.loads(path.read_text())
+        assert [entry["extra_info"]["contender"] for entry in content["benchmarks"]] == [FLOOR, "composite"]
+        assert all(entry["extra_info"]["ratio_to_eager"] is None for entry in content["benchmarks"])
+        lost = [entry for entry in content["not_measured"] if entry["contender"] == EAGER]
+        assert "out of memory" in lost[0]["reason"]
+
+    def test_the_default_set_has_every_size_and_the_sweep_grids_and_batches(self, monkeypatch):
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        tasks = importlib.import_module("tasks")
+        default = tasks.default_tasks("cpu", torch.float32)
+        found = {(task.part, task.model, task.backward) for task in default}
+        assert found == set(itertools.product(PARTS, ARCHITECTURES, (False, True)))
+        assert {task.side for task in default} == {14}
+        sweep = tasks.sweep_tasks("cpu", torch.float32)
+        assert {task.side for task in sweep} >= {14, 64}
+        assert {task.batch for task in sweep} >= {1, 64}
+
+
+class TestGate:
+    @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+    @pytest.mark.parametrize("part", ["attention", "layer"])
+    def test_right_contenders_pass(self, part, backward):
+        task = Task(part, "convit_tiny", 1, side=5, backward=backward)
+        judged = judge(task, {name: build(task, name) for name in (EAGER, "composite", "reference")})
+        require_right(judged)
+        assert all(0 < accuracy.error <= accuracy.allowed < 1e-3 for accuracy in judged.values())
+
+    @pytest.mark.parametrize("result", ["d q", "d v", "d parameters"])
+    def test_an_error_in_one_gradient_is_named(self, result):
+        task = Task("attention", "convit_tiny", 1, side=5, backward=True)
+        contender = build(task, "composite")
+        leaf = {"d q": "q", "d v": "v", "d parameters": "gate"}[result]
+        contender.leaves[leaf].register_hook(lambda gradient: gradient * 1.01)
+        judged = judge(task, {EAGER: build(task, EAGER), "composite": contender})
+        with pytest.raises(WrongResultsError, match=f"ours: composite: {result}: error"):
+            require_right(judged)
+
+    def test_nan_is_wrong(self):
+        task = Task("attention", "convit_tiny", 1, side=3)
+        contender = build(task, "composite")
+        broken = contender._replace(forward=lambda: contender.forward() * torch.nan)
+        with pytest.raises(WrongResultsError, match="error inf"):
+            require_right(judge(task, {"composite": broken}))
+
+
+class TestTasks:
+    # multiply-adds of the paper's table 1, without what is no matrix product
+    @pytest.mark.parametrize("model, billions", list(zip(ARCHITECTURES, (1, 2, 5.4, 10, 17, 30), strict=True)))
+    def test_arithmetic_is_the_papers(self, model, billions):
+        assert Task("model", model, 1).flops() / 2e9 == pytest.approx(billions, rel=0.25)
+        assert Task("model", model, 3, backward=True).flops() == 9 * Task("model", model, 1).flops()
+
+    def test_models_have_the_papers_parameters(self):
+        assert sum(p.numel() for p in convit("convit_tiny_plus").parameters()) / 1e6 == pytest.approx(10, rel=0.05)
+
+    def test_every_available_backend_takes_part(self):
+        available = [backend.name for backend in ck.backends() if backend.available]
+        assert contender_names(Task("layer", "convit_tiny", 1)) == [EAGER, COMPILED, *available]
+        assert contender_names(Task("attention", "convit_tiny", 1)) == [EAGER, COMPILED, FLOOR, *available]
+
+    def test_contenders_get_the_same_values(self):
+        task = Task("layer", "convit_tiny", 1, side=4)
+        torch.manual_seed(5)
+        outputs = [build(task, name).forward() for name in (EAGER, "composite")]
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        "name, reason", [("triton", "torch sees no GPU|run on GPUs"), (FLOOR, "part of a layer")], ids=["gpu", "floor"]
+    )
+    def test_one_that_cannot_run_says_why(self, name, reason):
+        with pytest.raises(CannotRunError, match=reason):
+            build(Task("layer", "convit_tiny", 1), name)
+
+    def test_an_unknown_one_is_an_error(self):
+        with pytest.raises(ValueError, match="unknown backend 'fastest'"):
+            build(Task("layer", "convit_tiny", 1), "fastest")
+
+
+class TestMeasure:
+    def test_contenders_take_turns(self):
+        order = []
+        functions = {name: lambda name=name: order.append(name) for name in "ab"}
+        samples = measure.interleaved(functions, "cpu", rounds=3)
+        assert order == list("ababab")
+        assert {name: len(times) for name, times in samples.items()} == {"a": 3, "b": 3}
+
+    def test_percentiles(self):
+        assert measure.spread([5.0, 1.0, 2.0, 4.0, 3.0]) == pytest.approx((1.8, 3.0, 4.2))
+        assert measure.spread([7.0]) == (7.0, 7.0, 7.0)
+
+    def test_peak_memory_counts_what_torch_allocates(self):
+        assert measure.peak_memory(lambda: torch.ones(1_000_000).add(1).sum(), "cpu") == pytest.approx(8e6, rel=0.01)
+
+    @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells")
+    def test_peak_resident_counts_other_memory_too(self):
+        size = 64_000_000
+        assert measure.peak_resident(lambda: bytearray(b"1") * size) == pytest.approx(size, rel=0.1)
+
+    @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux tells")
+    def test_more_memory_than_there_is_raises(self):
+        with pytest.raises(measure.DoesNotFitError, match="allocate"), measure.memory_limit("cpu"):
+            torch.empty(1 << 50, dtype=torch.uint8)
+        torch.ones(1)  # and the limit is gone
+
+    def test_peaks_say_how_they_were_found(self):
+        peak = measure.arithmetic_peak("cpu", torch.float32)
+        assert peak.rate > 1e9
+        assert "matrix product" in peak.how

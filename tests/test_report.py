@@ -1,0 +1,229 @@
+"""The report: speed-ups, growth, and what became slower between two results."""
+
+import json
+import random
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import convit_kernels as ck
+from convit_kernels import plots, report
+from convit_kernels.cli import app
+from convit_kernels.contenders import Task
+from convit_kernels.measure import interleaved
+from convit_kernels.report import NotMeasured, Results, Row
+
+ROOT = Path(__file__).parent.parent
+MACHINE = {
+    "gpu": None,
+    "driver": None,
+    "cuda": None,
+    "cpu": "Abacus",
+    "cpu_capability": "AVX2",
+    "cores": 2,
+    "load_1_minute": 2.5,
+    "threads": 2,
+    "cpu_clock_mhz": 1000.0,
+    "torch": "2.14.1",
+    "commit": "abc1234",
+}
+
+
+def row(contender="composite", seconds=0.010, rounds=15, noise=0.05, drift=1.0, seed=0, task=None) -> Row:
+    """Times around `seconds`, eager's around 40 ms beside them; `drift` slows the whole machine."""
+    task = task or Task("attention", "convit_small", 8)
+    draw = random.Random(f"{seed} {contender} {task}")
+    paces = [drift * draw.lognormvariate(0, noise) for _ in range(rounds)]
+    return Row(
+        group=str(task),
+        contender=contender,
+        seconds=[seconds * pace * draw.lognormvariate(0, noise) for pace in paces],
+        eager_seconds=[0.040 * pace * draw.lognormvariate(0, noise) for pace in paces],
+        error=1e-6,
+        eager_error=2e-6,
+        allowed_error=4.5e-6,
+        peak_memory=int(1e3 * task.tokens),
+        peak_memory_is="made up",
+        peak_resident=None,
+        gflops=task.flops() / seconds / 1e9,
+        share_of_peak=0.5,
+        bound="arithmetic",
+        peak="made up",
+        part=task.part,
+        model=task.model,
+        batch=task.batch,
+        tokens=task.tokens,
+        backward=task.backward,
+        dtype="float32",
+        device="cpu",
+        machine=MACHINE,
+    )
+
+
+def results(*rows: Row, not_measured=()) -> Results:
+    return Results(list(rows), list(not_measured), MACHINE)
+
+
+def write(found: Results, path: Path) -> Path:
+    """As pytest-benchmark writes it."""
+    content = {
+        "machine_info": {"convit_kernels": found.machine},
+        "benchmarks": [{"extra_info": one.to_json()} for one in found.rows],
+        "not_measured": [entry._asdict() for entry in found.not_measured],
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+def verdicts(new: list[Row], old: list[Row]) -> list[str]:
+    return [change.verdict for change in report.compare(new, old)]
+
+
+class TestRegressions:
+    @pytest.mark.parametrize("seed", range(20))
+    def test_a_slowdown_of_one_and_a_half_shows(self, seed):
+        assert verdicts([row(seconds=0.015, seed=seed)], [row(seed=100 + seed)]) == ["slower"]
+
+    @pytest.mark.parametrize("noise", [0.005, 0.05, 0.2])
+    @pytest.mark.parametrize("seed", range(20))
+    def test_two_runs_of_the_same_code_do_not(self, noise, seed):
+        found = verdicts([row(noise=noise, seed=seed)], [row(noise=noise, seed=100 + seed)])
+        assert found[0] in ("same", "unclear")
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_a_slower_day_is_no_regression(self, seed):
+        assert verdicts([row(drift=1.7, seed=seed)], [row(seed=100 + seed)]) == ["same"]
+
+    def test_but_a_slowdown_on_a_slower_day_is_one(self):
+        assert verdicts([row(drift=1.7, seconds=0.015)], [row(seed=1)]) == ["slower"]
+
+    def test_an_improvement_shows(self):
+        assert verdicts([row(seconds=0.007)], [row(seed=1)]) == ["faster"]
+
+    def test_noise_that_would_hide_it_is_admitted(self):
+        assert verdicts([row(noise=0.5)], [row(noise=0.5, seed=1)]) == ["unclear"]
+
+    def test_without_eager_times_count_as_they_are(self):
+        new, old = row(seconds=0.015), row(seed=1)
+        alone = [replace(one, eager_seconds=[]) for one in (new, old)]
+        assert verdicts(alone[:1], alone[1:]) == ["slower"]
+
+    def test_the_command_names_it_and_fails(self, tmp_path):
+        old = write(results(row(), row("cpu", 0.004)), tmp_path / "old.json")
+        new = write(results(row(seed=1), row("cpu", 0.006, seed=1)), tmp_path / "new.json")
+        result = CliRunner().invoke(app, ["report", str(new), "--against", str(old)])
+        assert result.exit_code == 1
+        (line,) = (line for line in result.output.splitlines() if line.strip().startswith("slower"))
+        assert "ours: cpu" in line
+        assert "1 slower, 0 faster, 1 the same" in result.output
+
+    def test_the_command_is_content_with_the_same_code(self, tmp_path):
+        old = write(results(row()), tmp_path / "old.json")
+        new = write(results(row(seed=1)), tmp_path / "new.json")
+        result = CliRunner().invoke(app, ["report", str(new), "--against", str(old)])
+        assert result.exit_code == 0
+        assert "No contender became slower or faster" in result.output
+
+
+class TestRealRuns:
+    """Contenders that sleep, whose times a busy machine hardly changes, timed as the benchmarks time."""
+
+    def measure(self, milliseconds: int) -> list[Row]:
+        functions = {"eager": lambda: time.sleep(0.03), "ours": lambda: time.sleep(milliseconds / 1e3)}
+        times = interleaved(functions, "cpu", rounds=7)
+        return [replace(row(), seconds=times["ours"], eager_seconds=times["eager"])]
+
+    def test_a_planted_slowdown_shows_and_a_second_run_does_not(self):
+        first = self.measure(40)
+        assert verdicts(self.measure(40), first) == ["same"]
+        assert verdicts(self.measure(60), first) == ["slower"]
+
+
+class TestTables:
+    def test_ratio_first_then_time_error_memory(self, tmp_path):
+        path = write(results(row("eager", 0.040), row()), tmp_path / "r.json")
+        output = CliRunner().invoke(app, ["report", str(path)], env={"COLUMNS": "120"}).output
+        assert str(Task("attention", "convit_small", 8)) in output
+        assert output.index("timm, eager") < output.index("ours: composite")
+        assert "1.0e-06 / 4.5e-06" in output
+        assert "Abacus (AVX2), 2 threads" in output
+
+    def test_what_is_missing_is_said_once(self, tmp_path):
+        missing = [NotMeasured(group, "compile", "no compiler") for group in ("a", "b")]
+        path = write(results(row(), not_measured=missing), tmp_path / "r.json")
+        output = CliRunner().invoke(app, ["report", str(path)]).output
+        assert "not measured: timm, torch.compile (2 rows): no compiler" in output
+
+    def test_another_file_is_refused(self, tmp_path):
+        (tmp_path / "other.json").write_text('{"benchmarks": [{}]}')
+        result = CliRunner().invoke(app, ["report", str(tmp_path / "other.json")])
+        assert result.exit_code == 2
+        assert "holds no results" in result.output
+
+
+class TestFigures:
+    def test_written_for_what_there_is(self, tmp_path):
+        sweep = [
+            row(name, seconds * (side / 14) ** 4, noise=0, task=Task("attention", "convit_small", 8, side=side))
+            for side in (14, 20, 28)
+            for name, seconds in (("eager", 0.04), ("cpu", 0.01))
+        ]
+        lost = [NotMeasured(sweep[-1].group, "eager", "out of memory: 5 GB")]
+        found = results(*sweep[:-2], sweep[-1], not_measured=lost)
+        written = report.write_figures(found, tmp_path)
+        assert {path.name for path in written} == {
+            f"{name}.{kind}" for name in ("speed-up", "growth-tokens") for kind in ("svg", "png")
+        }
+        text = (tmp_path / "growth-tokens.svg").read_text()
+        assert "ours: cpu (2.00)" in text  # the fitted exponent of a quadratic
+        assert "ConViT-S" in text
+
+    def test_equal_results_make_equal_files(self, tmp_path):
+        one, two = (report.write_figures(results(row()), tmp_path / name, ("svg",)) for name in "ab")
+        assert one[0].read_bytes() == two[0].read_bytes()
+
+    def test_without_matplotlib_it_says_what_to_install(self, monkeypatch, tmp_path):
+        monkeypatch.delattr(ck, "plots")
+        monkeypatch.delitem(sys.modules, "convit_kernels.plots")
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        path = write(results(row()), tmp_path / "r.json")
+        result = CliRunner().invoke(app, ["report", str(path), "--out", str(tmp_path / "figures")])
+        assert result.exit_code == 1
+        assert "needs matplotlib: pip install 'convit_kernels[bench]'" in result.output
+
+    def test_fit_is_the_power_law(self):
+        fit = plots.fit([1, 2, 4], [3, 12, 48])
+        assert fit == pytest.approx((2, 3))
+
+    def test_contenders_differ_in_colour(self):
+        names = ("eager", "compile", "sdpa", "cpu", "triton", "composite", "reference")
+        assert len({plots.colour(name) for name in names}) == len(names)
+
+
+class TestReadme:
+    @pytest.fixture
+    def readme(self, monkeypatch):
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        import readme
+
+        return readme
+
+    def test_section_is_what_the_committed_results_make(self, readme):
+        found = readme.SECTION.search(readme.README.read_text())
+        assert found, "the README has no performance section"
+        assert found[0] == readme.section(report.load(ROOT / found["source"]), found["source"]), "run: make results"
+
+    def test_its_figure_is_there(self, readme):
+        (figure,) = readme.re.findall(r"!\[.*?\]\((benchmarks/results/.*?)\)", readme.README.read_text())
+        assert (ROOT / figure).exists()
+
+    def test_it_names_the_machine_and_what_was_not_measured(self, readme):
+        text = readme.section(results(row("eager", 0.04), row()), "benchmarks/results/x.json")
+        assert "Abacus (AVX2), 2 threads" in text
+        assert "**Not measured: any GPU.**" in text
+        assert "at a load of 2.5 to 2.5 on 2 cores" in text
+        assert "| attention, forward | 4." in text or "| attention, forward | 3.9" in text
