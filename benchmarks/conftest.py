@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 from tasks import default_tasks, sweep_tasks, why_left_out
 
-from convit_kernels.contenders import Task, contender_names
-from convit_kernels.machine import machine
-from convit_kernels.report import NotMeasured, Row, tables
+from convit_kernels.bench.contenders import Task, contender_names
+from convit_kernels.bench.machine import machine
+from convit_kernels.bench.report import NotMeasured, Row, tables
 
 
 @dataclass

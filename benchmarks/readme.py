@@ -7,9 +7,9 @@ import re
 import sys
 from pathlib import Path
 
-from convit_kernels.contenders import ARCHITECTURES, EAGER, FLOOR, PARTS, label
-from convit_kernels.measure import milliseconds
-from convit_kernels.report import Results, Row, by_group, describe, load, place, write_figures
+from convit_kernels.bench.contenders import ARCHITECTURES, EAGER, FLOOR, PARTS, label
+from convit_kernels.bench.measure import milliseconds
+from convit_kernels.bench.report import Results, Row, by_group, describe, load, place, write_figures
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

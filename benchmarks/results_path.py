@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from convit_kernels.machine import machine
+from convit_kernels.bench.machine import machine
 
 found = machine()
 name = f"{found['gpu'] or found['cpu']} {found['cpu_capability']} {found['threads']} threads"

@@ -2,7 +2,7 @@
 
 import torch
 
-from convit_kernels.contenders import ARCHITECTURES, COMPILED, Task
+from convit_kernels.bench.contenders import ARCHITECTURES, COMPILED, Task
 
 # On two cores a call then takes a tenth of a second to three seconds.
 CPU_BATCH = {

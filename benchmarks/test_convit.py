@@ -14,10 +14,10 @@ import time
 import pytest
 import torch
 
-from convit_kernels.accuracy import Accuracy, WrongResultsError, judge, require_right
-from convit_kernels.contenders import EAGER, CannotRunError, Contender, Task, build
-from convit_kernels.machine import machine
-from convit_kernels.measure import (
+from convit_kernels.bench.accuracy import Accuracy, WrongResultsError, judge, require_right
+from convit_kernels.bench.contenders import EAGER, CannotRunError, Contender, Task, build
+from convit_kernels.bench.machine import machine
+from convit_kernels.bench.measure import (
     DoesNotFitError,
     arithmetic_peak,
     flush_cache,
@@ -28,7 +28,7 @@ from convit_kernels.measure import (
     seconds,
     spread,
 )
-from convit_kernels.report import Row
+from convit_kernels.bench.report import Row
 
 ROUNDS = (5, 50)  # the fewest and the most of a row
 SLOW, SLOW_ROUNDS = 2.0, 3  # seconds of a round beyond which fewer must do

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from . import extension
 from .attention import backends
-from .machine import machine
+from .bench.machine import machine
 
 app = typer.Typer(help="Fast, exact gated positional self-attention (GPSA) of ConViT.", no_args_is_help=True)
 console = Console()
@@ -206,11 +206,11 @@ def profile(
 ) -> None:
     """Where the time and memory of timm go and where ours: operators by phase, side by side."""
     try:
-        from . import profile as profiling
-        from .accuracy import WrongResultsError
+        from .bench import profile as profiling
+        from .bench.accuracy import WrongResultsError
 
         if html is not None:
-            from . import profile_page
+            from .bench import profile_page
     except ImportError as error:
         console.print(f"profile needs {error.name}: pip install 'convit_kernels\\[bench]'", style="red")
         raise typer.Exit(1) from error
@@ -243,7 +243,7 @@ def report(
 ) -> None:
     """The results of the benchmarks as tables and figures; exits with 1 where something became slower."""
     try:
-        from . import report as reporting
+        from .bench import report as reporting
 
         new = reporting.load(results)
         old = reporting.load(against) if against else None

@@ -18,8 +18,8 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from .contenders import perturb
-from .measure import check_device, interleaved, peak_memory
+from .bench.contenders import perturb
+from .bench.measure import check_device, interleaved, peak_memory
 from .replace import replace_gpsa
 
 MODELS = ("convit_tiny", "convit_small", "convit_base")

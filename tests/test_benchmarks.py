@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import convit_kernels as ck
-from convit_kernels import measure
-from convit_kernels.accuracy import WrongResultsError, judge, require_right
-from convit_kernels.contenders import (
+from convit_kernels.bench import measure
+from convit_kernels.bench.accuracy import WrongResultsError, judge, require_right
+from convit_kernels.bench.contenders import (
     ARCHITECTURES,
     COMPILED,
     EAGER,
@@ -95,7 +95,7 @@ class TestSuite:
     def test_where_eager_runs_out_of_memory_the_others_are_still_measured(self, tmp_path):
         (tmp_path / "short.py").write_text(
             "import torch\n"
-            "from convit_kernels import contenders\n"
+            "from convit_kernels.bench import contenders\n"
             "eager, calls = contenders.eager_attention, []\n"
             "def short_of_memory(q, *rest):\n"
             "    calls.append(q.dtype)\n"

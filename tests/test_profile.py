@@ -9,11 +9,12 @@ import torch
 from typer.testing import CliRunner
 
 import convit_kernels as ck
-from convit_kernels import attention, phases, profile, profile_page
-from convit_kernels.accuracy import WrongResultsError
+from convit_kernels import attention
+from convit_kernels.bench import phases, profile, profile_page
+from convit_kernels.bench.accuracy import WrongResultsError
+from convit_kernels.bench.contenders import Task, build
+from convit_kernels.bench.measure import spread
 from convit_kernels.cli import app
-from convit_kernels.contenders import Task, build
-from convit_kernels.measure import spread
 
 
 @pytest.fixture(scope="module")

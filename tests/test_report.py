@@ -11,11 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 import convit_kernels as ck
-from convit_kernels import plots, report
+from convit_kernels.bench import plots, report
+from convit_kernels.bench.contenders import Task
+from convit_kernels.bench.measure import interleaved
+from convit_kernels.bench.report import NotMeasured, Results, Row
 from convit_kernels.cli import app
-from convit_kernels.contenders import Task
-from convit_kernels.measure import interleaved
-from convit_kernels.report import NotMeasured, Results, Row
 
 ROOT = Path(__file__).parent.parent
 MACHINE = {
@@ -188,7 +188,7 @@ class TestFigures:
 
     def test_without_matplotlib_it_says_what_to_install(self, monkeypatch, tmp_path):
         monkeypatch.delattr(ck, "plots")
-        monkeypatch.delitem(sys.modules, "convit_kernels.plots")
+        monkeypatch.delitem(sys.modules, "convit_kernels.bench.plots")
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         path = write(results(row()), tmp_path / "r.json")
         result = CliRunner().invoke(app, ["report", str(path), "--out", str(tmp_path / "figures")])

@@ -10,9 +10,9 @@ from timm.models.convit import GPSA as ReferenceGPSA  # noqa: N811
 from timm.models.convit import ConVit
 from torch import Tensor, nn
 
-from .attention import backends, check_backend, gpsa_attention
-from .gpsa import GPSA
-from .replace import replace_gpsa
+from ..attention import backends, check_backend, gpsa_attention
+from ..gpsa import GPSA
+from ..replace import replace_gpsa
 
 
 class Architecture(NamedTuple):

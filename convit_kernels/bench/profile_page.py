@@ -80,7 +80,7 @@ def render(found: Profile) -> str:
         for title, text, draw in _FIGURES
     ]
     environment = Environment(
-        loader=PackageLoader("convit_kernels"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("convit_kernels.bench"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     return environment.get_template("profile.html.jinja").render(
         task=str(found.task),

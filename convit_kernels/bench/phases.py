@@ -17,8 +17,8 @@ from torch.profiler import record_function
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .gpsa import GPSA
-from .variants import is_foreign_gpsa
+from ..gpsa import GPSA
+from ..variants import is_foreign_gpsa
 
 PHASES = {
     "projections": "queries, keys and values from the input",

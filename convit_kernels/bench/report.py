@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from rich.box import SIMPLE
 from rich.table import Table
 
-from .attention import backends
+from ..attention import backends
 from .contenders import COMPILED, EAGER, FLOOR, label
 from .measure import Spread, milliseconds, spread
 

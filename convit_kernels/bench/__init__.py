@@ -1,0 +1,1 @@
+"""Measuring: contenders, time and memory, accuracy, profiles, reports."""
