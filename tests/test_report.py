@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import convit_kernels as ck
+from convit_kernels import bench
 from convit_kernels.bench import plots, report
 from convit_kernels.bench.contenders import Task
 from convit_kernels.bench.measure import interleaved
@@ -187,7 +187,7 @@ class TestFigures:
         assert one[0].read_bytes() == two[0].read_bytes()
 
     def test_without_matplotlib_it_says_what_to_install(self, monkeypatch, tmp_path):
-        monkeypatch.delattr(ck, "plots")
+        monkeypatch.delattr(bench, "plots")
         monkeypatch.delitem(sys.modules, "convit_kernels.bench.plots")
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         path = write(results(row()), tmp_path / "r.json")
