@@ -25,7 +25,7 @@ test: $(VENV)/built
 # Registers, shared memory and instructions of the Triton kernels on GPUs that need not be here, held to the budget's
 # file: all at the paper's size, and a sample of every configuration that can be chosen (ARGS=--all: each, half an hour).
 kernels: $(VENV)/built
-	$(BIN)/python -m convit_kernels.triton.budget --check --sample 61 --jobs 2 $(ARGS)
+	$(BIN)/python -m convit_kernels.triton.budget --check --sample 19 --devices sm_80 sm_86 sm_90 --jobs 2 $(ARGS)
 
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
