@@ -329,7 +329,7 @@ CONVIT_INLINE void multiply_tile(
   for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
     for (int vector = 0; vector < kVectors; ++vector) {
-      sum[row][vector] = kAdd ? load(c + row * c_stride + vector * lanes) : Vector<T>{};
+      sum[row][vector] = Vector<T>{};
     }
   }
   for (int64_t step = 0; step < depth; ++step) {
@@ -353,7 +353,9 @@ CONVIT_INLINE void multiply_tile(
   for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
     for (int vector = 0; vector < kVectors; ++vector) {
-      store(c + row * c_stride + vector * lanes, sum[row][vector]);
+      T* to = c + row * c_stride + vector * lanes;
+      // added last: rounding of a long sum is that of its parts and of their sum
+      store(to, kAdd ? load(to) + sum[row][vector] : sum[row][vector]);
     }
   }
 }
@@ -452,12 +454,17 @@ struct KeyChunks {
 template <typename T>
 CONVIT_INLINE Vector<T> exponentials(T* scores, int64_t columns, int64_t tokens, T factor, Vector<T> largest) {
   Vector<T> sum{};
+  for (int64_t begin = 0; begin < tokens; begin += kChunk) {  // sums of sums: what rounding adds up is shorter
+    Vector<T> part{};
+    const int64_t end = minimum(begin + kChunk, tokens);
 #pragma GCC unroll 4
-  for (int64_t key = 0; key < tokens; ++key) {
-    T* at = scores + key * columns;
-    const Vector<T> e = exp2<T>((load(at) - largest) * factor);
-    sum += e;
-    store(at, e);
+    for (int64_t key = begin; key < end; ++key) {
+      T* at = scores + key * columns;
+      const Vector<T> e = exp2<T>((load(at) - largest) * factor);
+      part += e;
+      store(at, e);
+    }
+    sum += part;
   }
   return sum;
 }
@@ -790,15 +797,16 @@ void softmax_backward(
 
   Vector<T> content_sum{}, position_sum{}, along_x{}, along_y{}, squares{};
   for (int64_t y = 0; y < height; ++y) {
-    Vector<T> plain{}, linear{}, quadratic{};
+    Vector<T> content{}, plain{}, linear{}, quadratic{};
     const int64_t row = y * width * columns;
     for (int64_t x = 0; x < width * columns; x += columns) {
       const Vector<T> d_map = load(d_scores + row + x);
-      content_sum += load(scores + row + x) * d_map;
+      content += load(scores + row + x) * d_map;
       plain += load(col_factor + x) * d_map;
       linear += load(col_factor + col_table + x) * d_map;
       quadratic += load(col_factor + 2 * col_table + x) * d_map;
     }
+    content_sum += content;
     const T* factor = row_factor + y * columns;
     position_sum += load(factor) * plain;
     along_x += load(factor) * linear;
