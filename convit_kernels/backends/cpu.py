@@ -1,6 +1,5 @@
 """The fused C++ kernels on the CPU: scores, softmax, position and values of a few queries at a time, in the caches."""
 
-import torch
 from torch import Tensor
 
 from .. import extension, ops
@@ -29,7 +28,4 @@ def attention(
 ) -> Tensor:
     if dropout_p > 0:
         raise NotImplementedError("the kernels have no dropout: use the reference backend")
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    needs_lse = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, pos_weight, gate))
-    out, *_ = ops.gated_attention(q, k, v, pos_weight.to(dtype), gate.to(dtype), *grid, scale, 0.0, None, needs_lse)
-    return out  # type: ignore[no-any-return]
+    return ops.attend(q, k, v, pos_weight, gate, grid, scale)

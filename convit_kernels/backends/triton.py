@@ -1,7 +1,6 @@
 """The fused Triton kernels on GPUs: one pass over K and V for content and position, and a backward of its own."""
 
 import importlib.util
-import os
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ MAX_TOKENS = 65_536
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # asked at every call of the attention, so looked up once
 _INSTALLED = importlib.util.find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def why_not(q: Tensor | None = None) -> str:
@@ -21,8 +19,8 @@ def why_not(q: Tensor | None = None) -> str:
     if not _INSTALLED:
         return "triton is not installed (pip install triton)"
     if q is None:
-        return "" if _INTERPRETED or torch.cuda.is_available() else "torch sees no GPU"
-    if q.device.type != "cuda" and not _INTERPRETED:
+        return "" if ops.INTERPRETED or torch.cuda.is_available() else "torch sees no GPU"
+    if q.device.type != "cuda" and not ops.INTERPRETED:
         return f"the tensors are on {q.device}, not on a GPU"
     if q.dtype not in DTYPES:
         return f"the kernels take float16, bfloat16 and float32, not {q.dtype}"
@@ -45,6 +43,4 @@ def attention(
 ) -> Tensor:
     # seed and offset of the mask, drawn on the device: nothing waits for the host, also within a CUDA graph
     philox = torch.randint(0, 1 << 31, (2,), device=q.device) if dropout_p > 0 else None
-    need_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, pos_weight, gate))
-    out, *_ = ops.gated_attention(q, k, v, pos_weight.float(), gate.float(), *grid, scale, dropout_p, philox, need_grad)
-    return out  # type: ignore[no-any-return]
+    return ops.attend(q, k, v, pos_weight, gate, grid, scale, dropout_p, philox)
