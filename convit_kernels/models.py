@@ -25,8 +25,9 @@ try:
     from timm.models._features import feature_take_indices
     from timm.models.vision_transformer import Attention
 except ModuleNotFoundError as error:
+    package = (error.name or "timm").partition(".")[0]
     raise ModuleNotFoundError(
-        f"convit_kernels.models needs {error.name}: pip install 'convit_kernels[models]'", name=error.name
+        f"convit_kernels.models needs {package}: pip install 'convit_kernels[models]'", name=package
     ) from error
 
 from .attention import check_backend
