@@ -6,7 +6,6 @@ import gzip
 import multiprocessing
 import os
 import random
-import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,36 +19,16 @@ import torch
 import train
 from PIL import Image
 from timm.utils import ModelEmaV3
+from tiny_images import SIZE, TEST, TRAIN, learnable_images, write_all, write_idx
 from torch import Tensor
 from typer.testing import CliRunner
 
-SIZE, CLASSES, TRAIN, TEST = 12, 3, 96, 31
 EXAMPLES = Path(train.__file__).parent
-
-
-def write_idx(path: Path, values: np.ndarray) -> None:
-    header = b"\0\0\x08" + struct.pack(f">B{values.ndim}I", values.ndim, *values.shape)
-    path.write_bytes(gzip.compress(header + values.astype(np.uint8).tobytes()))
-
-
-def learnable_images(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Noise with a bright band in a third of the rows that tells the class."""
-    generator = np.random.default_rng(seed)
-    labels = generator.permutation(np.arange(count) % CLASSES)
-    images = generator.integers(0, 100, (count, SIZE, SIZE))
-    for image, label in zip(images, labels, strict=True):
-        image[4 * label : 4 * label + 4] += 120
-    return images, labels
 
 
 @pytest.fixture(scope="session")
 def idx_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set in Fashion-MNIST's files: 12 x 12 pixels, 3 classes."""
-    folder = tmp_path_factory.mktemp("idx")
-    for seed, (split, count) in enumerate((("train", TRAIN), ("test", TEST))):
-        for name, values in zip(datasets.IDX_FILES[split], learnable_images(count, seed), strict=True):
-            write_idx(folder / name, values)
-    return folder
+    return write_all(tmp_path_factory.mktemp("idx"))
 
 
 @pytest.fixture(scope="session")
