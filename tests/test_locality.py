@@ -72,6 +72,7 @@ def dense(model: nn.Module, images: torch.Tensor, grid: tuple[int, int]) -> dict
         x, patches = args[0], grid[0] * grid[1]
         if hasattr(module, "qkv"):
             q, k, _ = module.qkv(x).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            q, k = getattr(module, "q_norm", nn.Identity())(q), getattr(module, "k_norm", nn.Identity())(k)
             scores = q @ k.transpose(-2, -1) * module.scale
             attention = scores.softmax(-1)[:, :, -patches:, -patches:]
             maps[name] = attention / attention.sum(-1, keepdim=True)
@@ -201,11 +202,18 @@ class TestNonlocality:
         for layer, expected in zip(parts, whole, strict=True):
             torch.testing.assert_close(layer.nonlocality, expected.nonlocality, rtol=1e-6, atol=1e-6)
 
-    def test_plain_vit_of_timm(self):
-        model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, qk_norm=True)
-        found = locality.nonlocality(model, torch.randn(2, 3, 32, 32))
+    def test_plain_vit_of_timm_with_normalised_queries(self):
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, qk_norm=True).double()
+        with torch.no_grad():
+            for block in model.blocks:
+                block.attn.q_norm.weight.mul_(5)
+        images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+        expected = dense(model, images, (4, 4))
+        found = locality.nonlocality(model, images)
         assert [layer.name for layer in found] == ["blocks.0.attn", "blocks.1.attn"]
-        assert all(layer.gate is None and layer.position is None for layer in found)
+        for layer in found:
+            assert layer.gate is None and layer.position is None
+            torch.testing.assert_close(layer.nonlocality, mean_distance(expected[layer.name], (4, 4)))
 
     def test_the_class_token_has_no_part_in_it(self):
         """What the patches pay to it is left out, whatever it is; the rest counts as a whole."""
@@ -279,10 +287,29 @@ class TestErrors:
         with pytest.raises(ValueError, match="ResNet has neither a GPSA layer nor plain attention"):
             locality.nonlocality(timm.create_model("resnet10t"), torch.randn(1, 3, 32, 32))
 
-    def test_attention_with_a_bias_of_its_own_is_not_taken_for_plain(self):
-        model = timm.create_model("beit_base_patch16_224", img_size=32, depth=1, embed_dim=48, num_heads=3)
-        with pytest.raises(ValueError, match="neither a GPSA layer nor plain attention"):
-            locality.attention_layers(model)
+    @pytest.mark.parametrize("addition", ["nothing", "parameter", "buffer", "module"])
+    def test_attention_with_something_of_its_own_is_not_taken_for_plain(self, addition):
+        """A relative position bias, a rotation: what changes the map without standing in the qkv projection."""
+
+        class Attention(nn.Module):
+            num_heads, scale = 4, 0.5
+
+            def __init__(self):
+                super().__init__()
+                self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+                if addition == "parameter":
+                    self.relative_position_bias = nn.Parameter(torch.zeros(4))
+                if addition == "buffer":
+                    self.register_buffer("k_bias", torch.zeros(16))
+                if addition == "module":
+                    self.rotation = nn.Linear(4, 4)
+
+        model = nn.Sequential(Attention())
+        if addition == "nothing":
+            assert list(locality.attention_layers(model)) == ["0"]
+        else:
+            with pytest.raises(ValueError, match="neither a GPSA layer nor plain attention"):
+                locality.attention_layers(model)
 
     def test_a_gpsa_of_other_mathematics(self):
         with pytest.raises(TypeError, match="cannot be replaced exactly: its positional features"):
