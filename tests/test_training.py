@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,9 @@ class TestResume:
         process = start(undisturbed)
         process.join()
         assert process.exitcode == 0
+        begun = time.perf_counter()
+        start(dataclasses.replace(undisturbed, output=tmp_path / "timed")).join()
+        duration = time.perf_counter() - begun
         moments = random.Random(0)
         kills, attempt = 0, 0
         while kills < 10:  # a run that ends before the tenth is followed by another
@@ -251,7 +255,7 @@ class TestResume:
             output = tmp_path / f"killed{attempt}"
             process = start(dataclasses.replace(config, output=output, resume="auto"))
             while process.exitcode != 0:
-                process.join(moments.uniform(0, 1) if kills < 10 else None)
+                process.join(moments.uniform(0, 0.8 * duration) if kills < 10 else None)
                 if process.exitcode is None:
                     process.kill()
                     process.join()
