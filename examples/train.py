@@ -48,6 +48,7 @@ CHECKPOINT = "checkpoint.pt"
 WEIGHTS = "weights.safetensors"
 STEPS_LOG = "steps.csv"
 EVALUATIONS_LOG = "evaluations.csv"
+EVALUATION_BATCH = 250  # images of one process
 
 console = Console(stderr=True)
 T = TypeVar("T")
@@ -476,7 +477,7 @@ class Trainer:
             self.parallel = DistributedDataParallel(self.model)
 
         lr = _given(config.lr) * self.batch_size * group.world / 512
-        self.optimizer = create_optimizer_v2(self.model, "adamw", lr=lr, weight_decay=config.weight_decay)
+        self.optimizer = create_optimizer_v2(self.model, "adamw", lr=lr, weight_decay=config.weight_decay, fused=True)
         warmup = config.warmup_steps
         if warmup is None:
             warmup = round(_given(config.warmup_epochs) * self.steps_per_epoch)
@@ -601,7 +602,7 @@ class Trainer:
         """Loss and accuracy, as a share, on the whole test split."""
         model = self.evaluated.eval()
         plan = datasets.evaluation_plan(
-            len(self.data.test.labels), 2 * self.batch_size, rank=self.group.rank, world=self.group.world
+            len(self.data.test.labels), EVALUATION_BATCH, rank=self.group.rank, world=self.group.world
         )
         total = torch.zeros(3, dtype=torch.float64, device=self.group.device)
         for images, labels in self.data.test.batches(plan):
