@@ -86,7 +86,7 @@ class Row:
     @property
     def warp_instructions(self) -> int:
         """Of the whole launch."""
-        return (self.report.issued or 0) * self.report.warps * self.programs
+        return (self.report.issued or 0) * self.programs
 
 
 def launches(case: Case) -> list[Launch]:
@@ -182,6 +182,7 @@ def compared(device: str, pass_name: str) -> dict[str, Any]:
                 "shared": row.report.shared,
                 "occupancy": row.report.occupancy,
                 "issued": row.report.instructions,
+                "others": row.report.others,
                 "macs": row.report.macs,
             }
             for row in rows
@@ -206,9 +207,10 @@ def used(case: Case) -> dict[str, list[int]]:
     }
 
 
-def source() -> str:
-    """A hash of what the file follows from: the kernels' code and the table of configurations."""
-    return hashlib.sha256(f"{configs.source_hash()}{sorted(TABLE.items())}".encode()).hexdigest()[:16]
+def source(device: str) -> str:
+    """A hash of what a device's entries follow from: the kernels' code and its family's launch configurations."""
+    rows = sorted(item for item in TABLE.items() if item[0].startswith(f"{configs.FAMILIES[device]}/"))
+    return hashlib.sha256(f"{configs.source_hash()}{rows}".encode()).hexdigest()[:16]
 
 
 def paper_cases(devices: Iterable[str] = tuple(DEVICES)) -> list[Case]:
@@ -297,7 +299,8 @@ def _shown(results: Iterator[Any], total: int, text: str) -> Iterator[Any]:
 
 def collect(paper: Sequence[Case], matrix: Sequence[Case], jobs: int = 1) -> dict[str, Any]:
     """Measures both tables; the result is what the file holds."""
-    found: dict[str, Any] = {"triton": triton.__version__, "source": source(), "paper": {}, "matrix": {}}
+    sources = {case.device: source(case.device) for case in (*paper, *matrix)}
+    found: dict[str, Any] = {"triton": triton.__version__, "sources": sources, "paper": {}, "matrix": {}}
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
         for part, cases, entry in (("paper", paper, _paper_entry), ("matrix", matrix, _matrix_entry)):
@@ -352,23 +355,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def merged(found: dict[str, Any], file: Path) -> dict[str, Any]:
-    """``found`` and what the file has beside it, in the order of the cases; what was found for other code goes."""
+    """``found`` and what the file has beside it, in the order of the cases; what follows from other code goes."""
     kept = json.loads(file.read_text()) if file.exists() else {}
-    if kept.get("source") != found["source"]:
-        kept = {}
+    current = {device for device, hashed in kept.get("sources", {}).items() if hashed == source(device)}
     names = {
         "paper": [f"{case.device}/{case.pass_name}" for case in paper_cases()],
         "matrix": [str(case) for case in matrix_cases()],
     }
-    tables = {part: {**kept.get(part, {}), **found[part]} for part in names}
-    return {key: found[key] for key in ("triton", "source")} | {
-        part: {name: tables[part][name] for name in names[part] if name in tables[part]} for part in names
-    }
+    parts: dict[str, Any] = {}
+    for part, order in names.items():
+        before = {name: entry for name, entry in kept.get(part, {}).items() if name.split("/")[0] in current}
+        entries = before | found[part]
+        parts[part] = {name: entries[name] for name in order if name in entries}
+    sources = {device: source(device) for device in DEVICES if device in current or device in found["sources"]}
+    return {"triton": found["triton"], "sources": sources} | parts
 
 
 def _compact(found: dict[str, Any]) -> str:
     """JSON with one line for each entry, so that a change of the file can be read."""
-    parts = [f' "{key}": {json.dumps(found[key])}' for key in ("triton", "source")]
+    parts = [f' "{key}": {json.dumps(found[key])}' for key in ("triton", "sources")]
     for part in ("paper", "matrix"):
         entries = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in found[part].items())
         parts.append(f' "{part}": {{\n{entries}\n }}')
