@@ -217,13 +217,18 @@ def paper_cases(devices: Iterable[str] = tuple(DEVICES)) -> list[Case]:
     return [Case(device, pass_name) for device in devices for pass_name in PASSES]
 
 
+def dtypes(device: str) -> list[str]:
+    """The keys of `DTYPES` that a device can be asked for: on AMD float32 is never TF32, see `matmul_precision`."""
+    return [name for name in DTYPES if name != "tf32" or DEVICES[device].backend == "cuda"]
+
+
 def matrix_cases(devices: Iterable[str] = tuple(DEVICES)) -> list[Case]:
     """Every configuration that the tables can choose."""
     return [
         Case(device, pass_name, dtype, head_dim, regime)
         for device in devices
         for pass_name in PASSES
-        for dtype in DTYPES
+        for dtype in dtypes(device)
         for head_dim in configs.HEAD_DIM_BUCKETS
         for regime in GRIDS
     ]

@@ -96,7 +96,9 @@ def choose(
             for config in rungs(key, pass_name, itemsize, head_dim, mend=mend):
                 chosen[key] = config
                 cases = (
-                    budget.Case(device, pass_name.split("_")[0], dtype, head_dim, regime) for dtype in DTYPES[itemsize]
+                    budget.Case(device, pass_name.split("_")[0], dtype, head_dim, regime)
+                    for dtype in DTYPES[itemsize]
+                    if dtype in budget.dtypes(device)
                 )
                 # the first that fails is enough
                 reason = next(
