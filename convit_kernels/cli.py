@@ -1,7 +1,7 @@
 """The commands.
 
 What can run here (`info`), whether it is right (`selfcheck`), a model before and after (`demo`), where its time goes
-(`profile`), and what the benchmarks found (`report`).
+(`profile`), what the benchmarks found (`report`), and how local a model's attention is (`locality`).
 """
 
 import json
@@ -261,3 +261,41 @@ def report(
         console.print(*reporting.comparison(new, old), sep="\n")
         if any(change.verdict == "slower" for change in reporting.compare(new.rows, old.rows)):
             raise typer.Exit(1)
+
+
+@app.command()
+def locality(
+    images: Annotated[list[Path], typer.Argument(help="Image files.", exists=True, dir_okay=False)],
+    out: Annotated[Path, typer.Option(help="Write the figure here: .png, .svg or .pdf.")],
+    model: Annotated[str, typer.Option(help="One of convit_kernels.models, or a timm model.")] = "convit_small",
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="The weights (.safetensors or .pth); without: as initialised.", exists=True, dir_okay=False),
+    ] = None,
+    model_args: Annotated[str, typer.Option(help="Its other arguments as JSON: '{\"depth\": 6}'.")] = "{}",
+    size: Annotated[tuple[int, int] | None, typer.Option(help="Height and width of the images, in pixels.")] = None,
+    query: Annotated[
+        tuple[int, int] | None, typer.Option(help="Row and column of the patch whose maps are drawn.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 16,
+    device: Annotated[str, typer.Option(help="Where to run.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here as JSON.")] = None,
+) -> None:
+    """How local a model's attention is: a figure of non-locality, gates, and where one patch of the images looks."""
+    try:
+        from . import locality_report as reporting
+    except ImportError as error:
+        console.print(f"locality needs {error.name}: pip install 'convit_kernels\\[locality]'", style="red")
+        raise typer.Exit(1) from error
+    try:
+        reporting.check_arguments(out, json_file, device)
+        found = reporting.run(model, model_args, checkpoint, images, size, query, batch, device, console)
+    except ValueError as error:
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    reporting.write_figure(found, out)
+    if json_file is not None:
+        reporting.write_json(found, json_file)
+    for path in (out, json_file):
+        if path is not None:
+            console.print(f"written to {path}", markup=False, soft_wrap=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .attention import check_backend, gpsa_attention
 from .backends import reference
-from .grid import parse_grid, resolve_grid
+from .grid import GridSize, parse_grid, resolve_grid
 
 # torch.fx keeps it as one call: its checks read shapes, which a symbolic trace does not have
 torch.fx.wrap("gpsa_attention")
@@ -157,17 +157,19 @@ class GPSA(nn.Module):
         """(H,) gating parameters, before the sigmoid."""
         return self.gating_param
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj_drop(self.proj(self._attend(*self.query_key_value(x))))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, *, grid_size: GridSize = None) -> Tensor:
+        """(B, N, dim) -> (B, N, dim). A grid_size given here is that of this call, before the layer's own."""
+        attended = self._attend(*self.query_key_value(x), self.grid_size if grid_size is None else grid_size)
+        return self.proj_drop(self.proj(attended))  # type: ignore[no-any-return]
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, grid_size: GridSize) -> Tensor:
         out = gpsa_attention(
             q,
             k,
             v,
             self.position_weight(),
             self.gate(),
-            grid_size=self.grid_size,
+            grid_size=grid_size,
             scale=self.scale,
             dropout_p=self.attn_drop.p if self.attn_drop.training else 0.0,
             backend=self.backend,

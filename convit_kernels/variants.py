@@ -44,7 +44,7 @@ class _TupleOutput(GPSA):
 
     def forward(self, x: Tensor) -> tuple[Tensor, None, Tensor]:  # type: ignore[override]
         q, k, v = self.query_key_value(x)
-        return self.proj_drop(self.proj(self._attend(q, k, v))), None, v
+        return self.proj_drop(self.proj(self._attend(q, k, v, self.grid_size))), None, v
 
 
 class _RepeatedFeatures(GPSA):
