@@ -245,7 +245,7 @@ def test_every_configuration_that_can_be_chosen_compiles_fits_and_does_not_spill
         assert kernels
         for kernel, (_, spill_bytes, shared, warps) in kernels.items():
             assert shared <= device.shared_per_block and warps > 0, (case, kernel)
-            assert spill_bytes == 0 or device.backend == "hip", (case, kernel)
+            assert spill_bytes == 0, (case, kernel)
 
 
 def test_the_ratios_of_every_architecture_keep_their_targets(kept: dict[str, Any]) -> None:
