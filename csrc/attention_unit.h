@@ -197,13 +197,31 @@ S* rows_of(const Problem& p, const Strided& tensor, int64_t image_head) {
   return static_cast<S*>(tensor.data) + image_head / p.heads * tensor.image + image_head % p.heads * tensor.head;
 }
 
+template <typename T, typename S>
+CONVIT_INLINE void widen_row(const S* from, int64_t count, T* to) {
+  for (int64_t channel = 0; channel < count; ++channel) {
+    to[channel] = widen(from[channel]);
+  }
+}
+
+#ifdef __F16C__
+CONVIT_INLINE void widen_row(const Half* from, int64_t count, float* to) {
+  int64_t channel = 0;
+  for (; channel + 8 <= count; channel += 8) {
+    _mm256_storeu_ps(
+        to + channel, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + channel))));
+  }
+  for (; channel < count; ++channel) {
+    to[channel] = widen(from[channel]);
+  }
+}
+#endif
+
 // Rows that are `stride` apart, widened, to (rows, channels); those beyond head_dim are zero.
 template <typename T, typename S>
 void copy_rows(const S* from, int64_t stride, int64_t rows, int64_t head_dim, T* to, int64_t channels) {
   for (int64_t row = 0; row < rows; ++row, from += stride, to += channels) {
-    for (int64_t channel = 0; channel < head_dim; ++channel) {
-      to[channel] = widen(from[channel]);
-    }
+    widen_row(from, head_dim, to);
     for (int64_t channel = head_dim; channel < channels; ++channel) {
       to[channel] = 0;
     }
