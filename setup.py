@@ -36,7 +36,7 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 UNITS = {"csrc/attention_portable.cpp": []}
 EMULATE = X86 and os.environ.get("CONVIT_KERNELS_EMULATE") == "1"
 if X86:
-    AVX2 = ["-mavx2", "-mfma"]
+    AVX2 = ["-mavx2", "-mfma", "-mf16c"]  # every processor with the first has the last
     AVX512 = [*AVX2, "-Wno-psabi"] if EMULATE else [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
     UNITS["csrc/attention_avx2.cpp"] = AVX2
     UNITS["csrc/attention_avx512.cpp"] = AVX512
