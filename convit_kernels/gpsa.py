@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .attention import check_backend, gpsa_attention
 from .backends import reference
 from .grid import parse_grid, resolve_grid
+from .linear import project
 
 # torch.fx keeps it as one call: its checks read shapes, which a symbolic trace does not have
 torch.fx.wrap("gpsa_attention")
@@ -140,8 +141,8 @@ class GPSA(nn.Module):
         """(B, N, dim) -> three (B, H, N, head_dim) views of the projections' outputs."""
         batch, tokens = x.shape[0], x.shape[1]
         head_dim = self.dim // self.num_heads
-        qk = self.qk(x).reshape(batch, tokens, 2, self.num_heads, head_dim).permute(2, 0, 3, 1, 4)
-        v = self.v(x).reshape(batch, tokens, self.num_heads, head_dim).transpose(1, 2)
+        qk = project(self.qk, x).reshape(batch, tokens, 2, self.num_heads, head_dim).permute(2, 0, 3, 1, 4)
+        v = project(self.v, x).reshape(batch, tokens, self.num_heads, head_dim).transpose(1, 2)
         return qk[0], qk[1], v
 
     def position_weight(self) -> Tensor:
@@ -158,7 +159,7 @@ class GPSA(nn.Module):
         return self.gating_param
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj_drop(self.proj(self._attend(*self.query_key_value(x))))  # type: ignore[no-any-return]
+        return self.proj_drop(project(self.proj, self._attend(*self.query_key_value(x))))  # type: ignore[no-any-return]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = gpsa_attention(
