@@ -141,9 +141,10 @@ class GPSA(nn.Module):
         """(B, N, dim) -> three (B, H, N, head_dim) views of the projections' outputs."""
         batch, tokens = x.shape[0], x.shape[1]
         head_dim = self.dim // self.num_heads
-        qk = project(self.qk, x).reshape(batch, tokens, 2, self.num_heads, head_dim).permute(2, 0, 3, 1, 4)
-        v = project(self.v, x).reshape(batch, tokens, self.num_heads, head_dim).transpose(1, 2)
-        return qk[0], qk[1], v
+        # unbind's gradient is one copy; that of two indices would be two tensors of zeros, two copies and a sum
+        q, k = project(self.qk, x).reshape(batch, tokens, 2, self.num_heads, head_dim).unbind(2)
+        v = project(self.v, x).reshape(batch, tokens, self.num_heads, head_dim)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def position_weight(self) -> Tensor:
         """(H, 3) weights of (dx, dy, dx^2 + dy^2)."""
