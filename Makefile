@@ -34,7 +34,8 @@ bench: $(VENV)/built
 results: $(VENV)/built
 	results=$$($(BIN)/python benchmarks/results_path.py) && \
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=$$results $(ARGS) && \
-	$(BIN)/python benchmarks/readme.py $$results
+	$(BIN)/python benchmarks/readme.py $$results && \
+	$(BIN)/python benchmarks/against_deit.py --out $${results%.json}-models.json
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .
