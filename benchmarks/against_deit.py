@@ -127,7 +127,6 @@ def measure(rounds: int) -> dict[str, Any]:
                             "backward": backward,
                             "batch": batch,
                             "seconds": seconds,
-                            "eager_seconds": times[EAGER],
                             "attention": shares.get(name),
                             "parameters": parameters,
                         }
