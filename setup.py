@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -159,7 +160,9 @@ class BuildNative(build_ext):
         else:
             ext.libraries += ["c10", "torch_cpu"]
             compiler = [*self.compiler.compiler_so_cxx, *ext.extra_compile_args]
-            ext.extra_objects = [str(self.compile(source, [*compiler, *flags])) for source, flags in UNITS.items()]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                units = {source: [*compiler, *flags] for source, flags in UNITS.items()}
+                ext.extra_objects = [str(path) for path in pool.map(self.compile, units, units.values())]
 
     def prepare_cuda(self, ext: Extension, include: Path) -> None:
         import torch
