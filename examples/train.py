@@ -42,7 +42,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from typer import Exit, Option, Typer
 
-from convit_kernels import locality, models
+from convit_kernels import GPSA, locality, models
 
 CHECKPOINT = "checkpoint.pt"
 WEIGHTS = "weights.safetensors"
@@ -62,6 +62,7 @@ RECIPES: dict[datasets.Kind, dict[str, Any]] = {
         "local_up_to_layer": 5,
         "mlp_ratio": 2.0,
         "patch_size": 4,
+        "init_gain": 0.5,
         "epochs": 10,
         "batch_size": 64,
         "lr": 1.6e-2,
@@ -122,6 +123,13 @@ class Config:
     locality_strength: Annotated[float, Option(help="The paper's alpha.")] = 1.0
     pos_embed: Annotated[bool, Option(help="A learnt positional embedding.")] = True
     stem: Annotated[Literal["patch", "conv"], Option(help="How images become patches.")] = "patch"
+    init_gain: Annotated[
+        float | None,
+        Option(
+            help="Initial projections have a standard deviation of this over the root of their inputs. The paper's "
+            "0.02 is a gain of 0.42 at ConViT-S' 432 channels, but far less in a small model, which learns slowly."
+        ),
+    ] = None
     ablation: Annotated[Literal["a", "b", "c", "d", "e", "f", "g"], Option(help="Row of the paper's Table 3.")] = "a"
     reference: Annotated[bool, Option("--reference", help="GPSA as dense eager mathematics, to compare with.")] = False
 
@@ -262,6 +270,7 @@ def _option(name: str) -> str:
 
 
 AT_LEAST_0 = (
+    "init_gain",
     "lr",
     "min_lr",
     "warmup_epochs",
@@ -340,6 +349,18 @@ def model_arguments(config: Config, data: datasets.Data) -> dict[str, Any]:
         **{name: getattr(config, name) for name in names},
         **models.ABLATIONS[config.ablation],
     }
+
+
+@torch.no_grad()
+def set_init_gain(model: nn.Module, gain: float) -> None:
+    """Scales random initial projections; positions, and values that start as the identity, stay what they are."""
+    kept: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, GPSA):
+            kept.update((module.pos_proj, module.v) if module.use_local_init else (module.pos_proj,))
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module not in kept:
+            module.weight.mul_(gain / (0.02 * math.sqrt(module.in_features)))
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -442,6 +463,8 @@ class Trainer:
         datasets.seed_all(config.seed)
         self.arguments = model_arguments(config, data)
         self.model = models.ConViT(**self.arguments, backend="reference" if config.reference else None)
+        if config.init_gain is not None:
+            set_init_gain(self.model, config.init_gain)
         self.model.to(group.device)
         self.average = ModelEmaV3(self.model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
         self.parallel: nn.Module = self.model

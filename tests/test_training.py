@@ -170,6 +170,19 @@ class TestTraining:
         assert not (config.output / train.WEIGHTS).exists()
 
 
+def test_init_gain_scales_what_is_random_and_nothing_else(config: train.Config) -> None:
+    run = trainer(dataclasses.replace(config, embed_dim=64, init_gain=0.5))
+    attention, plain = (block.attn for block in run.model.blocks)
+    for linear in (attention.qk, attention.proj, plain.qkv, run.model.blocks[0].mlp.fc2):
+        assert linear.weight.std().item() * linear.in_features**0.5 == pytest.approx(0.5, rel=0.05)
+    assert torch.equal(attention.v.weight, torch.eye(64))
+    assert attention.pos_proj.weight[0].tolist() == [-1.0, -1.0, -1.0]
+    random_values = (
+        trainer(dataclasses.replace(config, embed_dim=64, init_gain=0.5, ablation="c")).model.blocks[0].attn.v
+    )
+    assert random_values.weight.std().item() * 8 == pytest.approx(0.5, rel=0.05)
+
+
 class StopError(Exception):
     """Stands for a kill."""
 
