@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -36,7 +37,7 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 UNITS = {"csrc/attention_portable.cpp": []}
 EMULATE = X86 and os.environ.get("CONVIT_KERNELS_EMULATE") == "1"
 if X86:
-    AVX2 = ["-mavx2", "-mfma"]
+    AVX2 = ["-mavx2", "-mfma", "-mf16c"]  # every processor with the first has the last
     AVX512 = [*AVX2, "-Wno-psabi"] if EMULATE else [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
     UNITS["csrc/attention_avx2.cpp"] = AVX2
     UNITS["csrc/attention_avx512.cpp"] = AVX512
@@ -159,7 +160,9 @@ class BuildNative(build_ext):
         else:
             ext.libraries += ["c10", "torch_cpu"]
             compiler = [*self.compiler.compiler_so_cxx, *ext.extra_compile_args]
-            ext.extra_objects = [str(self.compile(source, [*compiler, *flags])) for source, flags in UNITS.items()]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                units = {source: [*compiler, *flags] for source, flags in UNITS.items()}
+                ext.extra_objects = [str(path) for path in pool.map(self.compile, units, units.values())]
 
     def prepare_cuda(self, ext: Extension, include: Path) -> None:
         import torch

@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     options.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     options.addoption("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of all tensors")
     options.addoption("--contenders", default="", help="only these, comma-separated; eager is always run beside")
-    options.addoption("--row-seconds", type=float, default=0.8, help="about how long one row is timed")
+    options.addoption("--row-seconds", type=float, default=0.5, help="about how long one row is timed")
     options.addoption(
         "--minutes", type=float, help="begin no more groups after that (default: 9, or none with --sweep)"
     )

@@ -23,7 +23,8 @@ from .attention import backends
 from .bench.machine import machine
 
 app = typer.Typer(help="Fast, exact gated positional self-attention (GPSA) of ConViT.", no_args_is_help=True)
-console = Console()
+# a file or a pipe has no width of its own: tables must not be cut to 80 columns there
+console = Console(width=None if sys.stdout.isatty() else 110)
 
 
 def native_libraries() -> dict[str, str]:

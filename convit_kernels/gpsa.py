@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .attention import check_backend, gpsa_attention
 from .backends import reference
 from .grid import GridSize, parse_grid, resolve_grid
+from .linear import project
 
 # torch.fx keeps it as one call: its checks read shapes, which a symbolic trace does not have
 torch.fx.wrap("gpsa_attention")
@@ -140,9 +141,10 @@ class GPSA(nn.Module):
         """(B, N, dim) -> three (B, H, N, head_dim) views of the projections' outputs."""
         batch, tokens = x.shape[0], x.shape[1]
         head_dim = self.dim // self.num_heads
-        qk = self.qk(x).reshape(batch, tokens, 2, self.num_heads, head_dim).permute(2, 0, 3, 1, 4)
-        v = self.v(x).reshape(batch, tokens, self.num_heads, head_dim).transpose(1, 2)
-        return qk[0], qk[1], v
+        # unbind's gradient is one copy; that of two indices would be two tensors of zeros, two copies and a sum
+        q, k = project(self.qk, x).reshape(batch, tokens, 2, self.num_heads, head_dim).unbind(2)
+        v = project(self.v, x).reshape(batch, tokens, self.num_heads, head_dim)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def position_weight(self) -> Tensor:
         """(H, 3) weights of (dx, dy, dx^2 + dy^2)."""
@@ -160,7 +162,7 @@ class GPSA(nn.Module):
     def forward(self, x: Tensor, *, grid_size: GridSize = None) -> Tensor:
         """(B, N, dim) -> (B, N, dim). A grid_size given here is that of this call, before the layer's own."""
         attended = self._attend(*self.query_key_value(x), self.grid_size if grid_size is None else grid_size)
-        return self.proj_drop(self.proj(attended))  # type: ignore[no-any-return]
+        return self.proj_drop(project(self.proj, attended))  # type: ignore[no-any-return]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, grid_size: GridSize) -> Tensor:
         out = gpsa_attention(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .attention import check_backend
 from .gpsa import GPSA
+from .linear import project
 
 _GATES = ("gating_param", "alpha", "gate", "gates")
 _NAMES = ("GPSA", "GatedPositional")
@@ -27,7 +28,7 @@ class _SeparateQueryKey(GPSA):
 
     def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shape = (*x.shape[:2], self.num_heads, self.dim // self.num_heads)
-        q, k, v = (projection(x).reshape(shape).transpose(1, 2) for projection in (self.q, self.k, self.v))
+        q, k, v = (project(layer, x).reshape(shape).transpose(1, 2) for layer in (self.q, self.k, self.v))
         return q, k, v
 
     @property
@@ -44,7 +45,7 @@ class _TupleOutput(GPSA):
 
     def forward(self, x: Tensor) -> tuple[Tensor, None, Tensor]:  # type: ignore[override]
         q, k, v = self.query_key_value(x)
-        return self.proj_drop(self.proj(self._attend(q, k, v, self.grid_size))), None, v
+        return self.proj_drop(project(self.proj, self._attend(q, k, v, self.grid_size))), None, v
 
 
 class _RepeatedFeatures(GPSA):

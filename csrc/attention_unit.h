@@ -71,15 +71,21 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
-// Of one vector of queries' scores, (tokens, columns), the one with the largest product with `factor`.
+// Of one vector of queries' scores, (tokens, columns), and `seen`, the one with the largest product with `factor`.
 template <typename T>
-CONVIT_INLINE Vector<T> largest_of(const T* scores, int64_t columns, int64_t tokens, T factor) {
+CONVIT_INLINE Vector<T> largest_of(
+    const T* scores, int64_t columns, int64_t tokens, T factor, Vector<T> seen) {
   const T sign = factor < 0 ? T(-1) : T(1);
-  Vector<T> largest = load(scores) * sign;
-  for (int64_t key = 1; key < tokens; ++key) {
+  Vector<T> largest = seen * sign;
+  for (int64_t key = 0; key < tokens; ++key) {
     largest = at_least(load(scores + key * columns) * sign, largest);
   }
   return largest * sign;
+}
+
+template <typename T>
+CONVIT_INLINE Vector<T> largest_of(const T* scores, int64_t columns, int64_t tokens, T factor) {
+  return largest_of(scores + columns, columns, tokens - 1, factor, load(scores));
 }
 
 // 2^t for t at most 127 or so; 0 where that is no normal number; NaN stays. Adding the magic number rounds t to an
@@ -90,7 +96,7 @@ struct Exponential;
 template <>
 struct Exponential<float> {
   using Bits = int32_t;
-  static constexpr float kLowest = -127.0f, kMagic = 12582912.0f + 127.0f;
+  static constexpr float kLargest = 0x1.fffffep127f, kLowest = -127.0f, kMagic = 12582912.0f + 127.0f;
   static constexpr int kMantissa = 23;
   // minimax in the relative error on [-1/2, 1/2]: 7.5e-8
   static constexpr float kPolynomial[] = {
@@ -101,7 +107,7 @@ struct Exponential<float> {
 template <>
 struct Exponential<double> {
   using Bits = int64_t;
-  static constexpr double kLowest = -1023.0, kMagic = 6755399441055744.0 + 1023.0;
+  static constexpr double kLargest = 0x1.fffffffffffffp1023, kLowest = -1023.0, kMagic = 6755399441055744.0 + 1023.0;
   static constexpr int kMantissa = 52;
   // Taylor's: ln(2)^n / n!; what is left out is below 1e-17
   static constexpr double kPolynomial[] = {
@@ -191,13 +197,31 @@ S* rows_of(const Problem& p, const Strided& tensor, int64_t image_head) {
   return static_cast<S*>(tensor.data) + image_head / p.heads * tensor.image + image_head % p.heads * tensor.head;
 }
 
+template <typename T, typename S>
+CONVIT_INLINE void widen_row(const S* from, int64_t count, T* to) {
+  for (int64_t channel = 0; channel < count; ++channel) {
+    to[channel] = widen(from[channel]);
+  }
+}
+
+#ifdef __F16C__
+CONVIT_INLINE void widen_row(const Half* from, int64_t count, float* to) {
+  int64_t channel = 0;
+  for (; channel + 8 <= count; channel += 8) {
+    _mm256_storeu_ps(
+        to + channel, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + channel))));
+  }
+  for (; channel < count; ++channel) {
+    to[channel] = widen(from[channel]);
+  }
+}
+#endif
+
 // Rows that are `stride` apart, widened, to (rows, channels); those beyond head_dim are zero.
 template <typename T, typename S>
 void copy_rows(const S* from, int64_t stride, int64_t rows, int64_t head_dim, T* to, int64_t channels) {
   for (int64_t row = 0; row < rows; ++row, from += stride, to += channels) {
-    for (int64_t channel = 0; channel < head_dim; ++channel) {
-      to[channel] = widen(from[channel]);
-    }
+    widen_row(from, head_dim, to);
     for (int64_t channel = head_dim; channel < channels; ++channel) {
       to[channel] = 0;
     }
@@ -524,19 +548,13 @@ struct Numbers {
   using Operand = T;
   static constexpr int kGroup = 1;  // numbers in an operand
 
-  // Rows as they are, where they are operands already.
-  static const T* in_place(const T* rows) { return rows; }
-  template <typename Other>
-  static const T* in_place(const Other*) {
-    return nullptr;
-  }
-
   static void copy_rows(const S* from, int64_t stride, int64_t rows, int64_t head_dim, T* to, int64_t channels) {
     convit_kernels::copy_rows(from, stride, rows, head_dim, to, channels);
   }
   static void copy_values(const S* from, int64_t stride, int64_t rows, int64_t head_dim, T* to, int64_t channels) {
     copy_rows(from, stride, rows, head_dim, to, channels);
   }
+  static Vector<T> value(const T* values, int64_t key, int64_t channels) { return load(values + key * channels); }
   static const T* map(const T* scores, int64_t, int64_t, T*) { return scores; }
 };
 
@@ -546,8 +564,6 @@ struct Pairs {
   using Compute = float;
   using Operand = uint32_t;
   static constexpr int kGroup = 2;
-
-  static const uint32_t* in_place(const BFloat16*) { return nullptr; }
 
   static void copy_rows(
       const BFloat16* from, int64_t stride, int64_t rows, int64_t head_dim, uint32_t* to, int64_t depth) {
@@ -573,6 +589,11 @@ struct Pairs {
     }
   }
 
+  static Vector<float> value(const uint32_t* values, int64_t key, int64_t channels) {
+    const Vector<uint32_t> pair = load(values + key / 2 * channels);
+    return reinterpret_cast<Vector<float>>(key % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
+  }
+
   static const uint32_t* map(const float* scores, int64_t columns, int64_t keys, uint32_t* to) {
     constexpr int lanes = kLanes<float>;
     for (int64_t key = 0; key < keys; key += 2, scores += 2 * columns) {
@@ -588,11 +609,16 @@ struct Pairs {
   static uint32_t joined(BFloat16 even, BFloat16 odd) { return even.bits | static_cast<uint32_t>(odd.bits) << 16; }
 };
 
+// A thread's memory for the forward, in one of two ways. Whole: a block has the scores of all keys, so that position is
+// mixed into the normalised map before its one product with the values. Chunked, for more tokens than that pays for: a
+// block has those of one chunk of keys and a running maximum, and position, the sum of whose products along each axis
+// is then cheap, has a sum of its own.
 template <typename Operands>
 struct ForwardMemory {
   using T = typename Operands::Compute;
   using Operand = typename Operands::Operand;
 
+  bool chunked;
   int64_t channels;  // head_dim in whole vectors
   int64_t depth;     // head_dim in whole vectors of operands
   QueryBlocks<T> blocks;
@@ -600,137 +626,351 @@ struct ForwardMemory {
   bool resident;  // all keys and values fit, and are copied once for many blocks; else chunk by chunk
   Operand *keys, *values, *queries, *transposed, *map;
   T *scores, *out, *x, *y, *row_factor, *col_factor;
+  T *largest, *sum, *shrink;  // chunked: of each query, so far, and what the last chunk changed
+  T* along_y;                 // chunked: of each grid row in the block and each column of keys, values summed along y
   int64_t bytes;
 
-  ForwardMemory(const Problem& p, void* start)
-      : channels(round_up(p.head_dim, kLanes<T>)),
+  ForwardMemory(const Problem& p, void* start) : ForwardMemory(p, start, chunks_pay(p)) {}
+
+ private:
+  static constexpr int64_t kMost = 2'000'000;
+
+  ForwardMemory(const Problem& p, void* start, bool chunked)
+      : chunked(chunked),
+        channels(round_up(p.head_dim, kLanes<T>)),
         depth(round_up(ceil_div(p.head_dim, Operands::kGroup), kLanes<T>)),
-        blocks(p.height * p.width, block_vectors(p)),
+        blocks(p.height * p.width, chunked ? chunked_vectors(p) : whole_vectors(p)),
         chunks(p.height * p.width) {
     const int64_t tokens = p.height * p.width, columns = blocks.largest;
     Memory memory(start);
-    queries = memory.take<Operand>(columns * depth);
+    const int64_t panel = minimum(columns, kTileVectors * kLanes<T>);
+    queries = memory.take<Operand>(panel * depth);
     transposed = memory.take<Operand>(columns * depth);
-    map = memory.take<Operand>(Operands::kGroup == 1 ? 0 : chunks.size * columns);
+    map = memory.take<Operand>(Operands::kGroup == 1 ? 0 : chunks.size * panel);
     out = memory.take<T>(columns * channels);
-    scores = memory.take<T>(tokens * columns);
+    scores = memory.take<T>((chunked ? chunks.size : tokens) * panel);
     x = memory.take<T>(columns);
     y = memory.take<T>(columns);
     row_factor = memory.take<T>(p.height * columns);
     col_factor = memory.take<T>(p.width * columns);
+    largest = memory.take<T>(columns);
+    sum = memory.take<T>(columns);
+    shrink = memory.take<T>(columns);
+    along_y = memory.take<T>(chunked ? (ceil_div(columns - 1, p.width) + 1) * p.width * channels : 0);
     const int64_t all = tokens * (depth + channels) * static_cast<int64_t>(sizeof(T));
-    resident = memory.used() + all < 2'000'000;
+    resident = !chunked && memory.used() + all < kMost;
     const int64_t copied = resident ? tokens : chunks.size;
     keys = memory.take<Operand>(copied * depth);
     values = memory.take<Operand>(ceil_div(copied, Operands::kGroup) * channels);
     bytes = memory.used();
   }
 
+  // Measured on Zen 3. Not on narrow grids: each grid row that a block touches adds a pass over the values.
+  static bool chunks_pay(const Problem& p) {
+    return p.height * p.width >= 1536 && p.width >= 8 && ForwardMemory(p, nullptr, true).bytes <= kMost;
+  }
+
+  // The more queries, the fewer times keys and values are read, for as long as queries and outputs stay in the caches.
+  static int64_t chunked_vectors(const Problem& p) {
+    const int64_t wanted = minimum(384, maximum(192, p.height * p.width / 16)) / kLanes<T>;
+    return maximum(kTileVectors, minimum(wanted, (1 << 17) / (round_up(p.head_dim, kLanes<T>) * kVectorBytes)));
+  }
+
   // As many as one tile is wide, fewer where all scores of a block would take more than a megabyte.
-  static int64_t block_vectors(const Problem& p) {
+  static int64_t whole_vectors(const Problem& p) {
     const int64_t rows = p.height * p.width + p.height + p.width;
     return maximum(1, minimum(kTileVectors, (17 << 16) / (rows * kVectorBytes)));
   }
 };
 
+// The keys and values of one image and head, as operands of products: chunk by chunk, or all from the beginning.
+template <typename Operands, typename S>
+class KeysAndValues {
+  using Operand = typename Operands::Operand;
+
+ public:
+  KeysAndValues(const Forward& p, int64_t image_head, const ForwardMemory<Operands>& m)
+      : memory_(m), head_dim_(p.head_dim), k_stride_(p.k.token), v_stride_(p.v.token),
+        k_(rows_of<S>(p, p.k, image_head)), v_(rows_of<S>(p, p.v, image_head)) {
+    if (m.resident) {
+      const int64_t tokens = p.height * p.width;
+      Operands::copy_rows(k_, k_stride_, tokens, head_dim_, m.keys, m.depth);
+      Operands::copy_values(v_, v_stride_, tokens, head_dim_, m.values, m.channels);
+    }
+  }
+
+  const Operand* keys(int64_t begin, int64_t rows) const {
+    if (memory_.resident) {
+      return memory_.keys + begin * memory_.depth;
+    }
+    Operands::copy_rows(k_ + begin * k_stride_, k_stride_, rows, head_dim_, memory_.keys, memory_.depth);
+    return memory_.keys;
+  }
+
+  const Operand* values(int64_t begin, int64_t rows) const {
+    if (memory_.resident) {
+      return memory_.values + begin / Operands::kGroup * memory_.channels;
+    }
+    Operands::copy_values(v_ + begin * v_stride_, v_stride_, rows, head_dim_, memory_.values, memory_.channels);
+    return memory_.values;
+  }
+
+  // Brings part `index` of `count` of the rows [begin, end) into the caches, while others are worked on.
+  // Inlined by force: GCC drops calls of functions that only prefetch.
+  CONVIT_INLINE void prefetch(int64_t begin, int64_t end, int64_t index, int64_t count) const {
+    constexpr int64_t line = 64 / sizeof(S);
+    const int64_t rows = maximum(0, end - begin);
+    for (int64_t row = begin + rows * index / count; row < begin + rows * (index + 1) / count; ++row) {
+      for (int64_t channel = 0; channel < head_dim_; channel += line) {
+        __builtin_prefetch(k_ + row * k_stride_ + channel);
+        __builtin_prefetch(v_ + row * v_stride_ + channel);
+      }
+    }
+  }
+
+ private:
+  const ForwardMemory<Operands>& memory_;
+  const int64_t head_dim_, k_stride_, v_stride_;
+  const S *k_, *v_;
+};
+
 // e -> the mixed map, for the keys [begin, end) and one vector of queries.
 template <typename T>
 CONVIT_INLINE void mix(
-    T* scores, const T* row_factor, const T* col_factor, int64_t columns, int64_t begin, int64_t end, int64_t width,
-    Vector<T> content, T gate) {
+    T* scores, int64_t score_columns, const T* row_factor, const T* col_factor, int64_t columns, int64_t begin,
+    int64_t end, int64_t width, Vector<T> content, T gate) {
   int64_t key = begin;
   for (int64_t y = begin / width; key < end; ++y) {
     const Vector<T> row = load(row_factor + y * columns) * gate;
     const int64_t stop = minimum(end, (y + 1) * width);
     for (const T* col = col_factor + (key - y * width) * columns; key < stop; ++key, col += columns) {
-      T* at = scores + key * columns;
-      store(at, load(at) * content + row * load(col));
+      store(scores, load(scores) * content + row * load(col));
+      scores += score_columns;
     }
   }
 }
 
+// One block of queries of the forward.
+template <typename Operands, typename S>
+struct ForwardBlock {
+  using T = typename Operands::Compute;
+  using Operand = typename Operands::Operand;
+  static constexpr int kLane = kLanes<T>, kGroup = Operands::kGroup;
+
+  const Problem& p;
+  const ForwardMemory<Operands>& m;
+  const KeysAndValues<Operands, S>& source;
+  const int64_t begin, rows, columns;
+  const T gate, factor;
+
+  void load_queries(const S* q) const {
+    for (int64_t index = 0; index < panels(); ++index) {
+      const Panel at = panel(index);
+      Operands::copy_rows(q + (begin + at.begin) * p.q.token, p.q.token, at.rows, p.head_dim, m.queries, m.depth);
+      transpose_rows(m.queries, at.rows, m.depth, m.transposed + at.begin * m.depth, at.columns);
+    }
+  }
+
+  void whole() const {
+    const int64_t tokens = p.height * p.width;
+    const Panel all = panel(0);  // a block is no larger
+    for (int64_t key = 0; key < tokens; key += m.chunks.size) {
+      const int64_t keys = m.chunks.rows(key);
+      score(all, source.keys(key, keys), keys, m.scores + key * columns);
+    }
+    for (int64_t at = 0; at < columns; at += kLane) {
+      const Vector<T> largest = largest_of(m.scores + at, columns, tokens, factor);
+      store(m.largest + at, largest);
+      store(m.sum + at, exponentials(m.scores + at, columns, tokens, factor, largest));
+    }
+    for (int64_t key = 0; key < tokens; key += m.chunks.size) {
+      const int64_t keys = m.chunks.rows(key);
+      add_mixed(all, m.scores + key * columns, key, keys, source.values(key, keys));
+    }
+  }
+
+  void chunked() const {
+    const int64_t first_row = begin / p.width, grid_rows = (begin + rows - 1) / p.width - first_row + 1;
+    const auto first_query = [&](int64_t row) { return maximum(0, (first_row + row) * p.width - begin); };
+    for (int64_t at = 0; at < grid_rows * p.width * m.channels; at += kLane) {
+      store(m.along_y + at, Vector<T>{});
+    }
+    for_each_chunk(
+        [&](Panel panel, int64_t key, int64_t keys, const Operand* k, const Operand* v) {
+          score(panel, k, keys, m.scores);
+          update_softmax(panel, key, keys);
+          add_values(panel, m.scores, key, keys, v);
+        },
+        [&](int64_t key, int64_t keys, const Operand* v) {
+          for (int64_t row = 0; row < grid_rows; ++row) {
+            add_along_y(v, key, keys, m.row_factor + first_query(row), m.along_y + row * p.width * m.channels);
+          }
+        });
+    for (int64_t query = 0; query < rows; ++query) {
+      scale_row(query, (1 - gate) / m.sum[query]);
+    }
+    for (int64_t row = 0; row < grid_rows; ++row) {
+      const int64_t query = first_query(row), end = minimum(rows, first_query(row + 1));
+      multiply<true, true>(
+          m.col_factor + query, columns, m.along_y + row * p.width * m.channels, m.channels,
+          m.out + query * m.channels, m.channels, end - query, m.channels / kLane, p.width);
+    }
+    if (!is_finite()) {  // the sums apart may have been, or may have made NaN of the map's zero and infinity
+      for_each_chunk(
+          [&](Panel panel, int64_t key, int64_t keys, const Operand* k, const Operand* v) {
+            score(panel, k, keys, m.scores);
+            for (int64_t at = 0; at < panel.columns; at += kLane) {
+              exponentials(m.scores + at, panel.columns, keys, factor, load(m.largest + panel.begin + at));
+            }
+            add_mixed(panel, m.scores, key, keys, v);
+          },
+          [](int64_t, int64_t, const Operand*) {});
+    }
+  }
+
+ private:
+  // Columns whose scores of a chunk of keys stay in the first-level cache.
+  struct Panel {
+    int64_t begin, columns, rows;
+  };
+
+  int64_t panels() const { return ceil_div(columns, kTileVectors * kLane); }
+
+  Panel panel(int64_t index) const {
+    const auto begin_of = [&](int64_t i) { return columns / kLane * i / panels() * kLane; };
+    const int64_t begin = begin_of(index), end = begin_of(index + 1);
+    return {begin, end - begin, minimum(end, rows) - begin};
+  }
+
+  // Calls function(panel, key, keys, k, v) for every chunk of keys and every panel of columns, then
+  // after_chunk(key, keys, v).
+  template <typename Function, typename AfterChunk>
+  void for_each_chunk(const Function& function, const AfterChunk& after_chunk) const {
+    const int64_t tokens = p.height * p.width;
+    for (int64_t key = 0; key < tokens; key += m.chunks.size) {
+      const int64_t keys = m.chunks.rows(key), next = key + keys;
+      const Operand *k = source.keys(key, keys), *v = source.values(key, keys);
+      for (int64_t index = 0; index < panels(); ++index) {
+        source.prefetch(next, minimum(next + m.chunks.size, tokens), index, panels());
+        function(panel(index), key, keys, k, v);
+      }
+      after_chunk(key, keys, v);
+    }
+  }
+
+  // The scores of a chunk of keys.
+  void score(Panel panel, const Operand* keys, int64_t count, T* to) const {
+    multiply<false, false>(
+        keys, m.depth, m.transposed + panel.begin * m.depth, panel.columns, to, panel.columns, count,
+        panel.columns / kLane, ceil_div(p.head_dim, kGroup));
+  }
+
+  // Adds a map's product with the values of a chunk of keys, the first of which sets the sum.
+  void add_values(Panel panel, const T* map, int64_t key, int64_t keys, const Operand* values) const {
+    const auto product = key == 0 ? multiply<true, false, T, Operand> : multiply<true, true, T, Operand>;
+    product(
+        Operands::map(map, panel.columns, keys, m.map), panel.columns, values, m.channels,
+        m.out + panel.begin * m.channels, m.channels, panel.rows, m.channels / kLane, ceil_div(keys, kGroup));
+  }
+
+  // A chunk's e -> its part of the output.
+  void add_mixed(Panel panel, T* e, int64_t key, int64_t keys, const Operand* values) const {
+    for (int64_t at = 0; at < panel.columns; at += kLane) {
+      const int64_t query = panel.begin + at;
+      mix(
+          e + at, panel.columns, m.row_factor + query, m.col_factor + query, columns, key, key + keys, p.width,
+          (1 - gate) / load(m.sum + query), gate);
+    }
+    add_values(panel, e, key, keys, values);
+  }
+
+  // A chunk's scores -> e relative to the largest score so far, to which the sums until now are brought, too.
+  void update_softmax(Panel panel, int64_t key, int64_t keys) const {
+    // finite: of scores that are all -inf until now the sum is zero
+    const T lowest = factor < 0 ? Exponential<T>::kLargest : -Exponential<T>::kLargest;
+    for (int64_t at = 0; at < panel.columns; at += kLane) {
+      T* scores = m.scores + at;
+      const int64_t query = panel.begin + at;
+      const Vector<T> before = key == 0 ? broadcast(lowest) : load(m.largest + query);
+      const Vector<T> largest = largest_of(scores, panel.columns, keys, factor, before);
+      const Vector<T> part = exponentials(scores, panel.columns, keys, factor, largest);
+      const Vector<T> shrink = exp2<T>((before - largest) * factor);
+      store(m.largest + query, largest);
+      store(m.shrink + query, shrink);
+      store(m.sum + query, key == 0 ? part : load(m.sum + query) * shrink + part);
+    }
+    for (int64_t query = panel.begin; key > 0 && query < panel.begin + panel.rows; ++query) {
+      if (m.shrink[query] != 1) {
+        scale_row(query, m.shrink[query]);
+      }
+    }
+  }
+
+  // Adds the values of some keys, times one query's row factor and the gate, to those of the other keys in their column.
+  void add_along_y(const Operand* values, int64_t begin, int64_t keys, const T* row_factor, T* along_y) const {
+    int64_t x = begin % p.width, y = begin / p.width;
+    for (int64_t key = 0; key < keys; ++key) {
+      const T weight = row_factor[y * columns] * gate;
+      T* to = along_y + x * m.channels;
+      for (int64_t channel = 0; channel < m.channels; channel += kLane) {
+        store(to + channel, load(to + channel) + Operands::value(values + channel, key, m.channels) * weight);
+      }
+      if (++x == p.width) {
+        x = 0;
+        ++y;
+      }
+    }
+  }
+
+  void scale_row(int64_t query, T scale) const {
+    T* row = m.out + query * m.channels;
+    for (int64_t channel = 0; channel < m.channels; channel += kLane) {
+      store(row + channel, load(row + channel) * scale);
+    }
+  }
+
+  bool is_finite() const {
+    Vector<T> zeros{};
+    for (int64_t at = 0; at < rows * m.channels; at += kLane) {
+      zeros += load(m.out + at) * T(0);
+    }
+    T zero = 0;
+    for (int lane = 0; lane < kLane; ++lane) {
+      zero += zeros[lane];
+    }
+    return zero == 0;
+  }
+};
+
 template <typename Operands, typename S>
 void forward(const Forward& p, int64_t image_head, int64_t block_begin, int64_t block_end, void* start) {
   using T = typename Operands::Compute;
-  using Operand = typename Operands::Operand;
-  constexpr int lanes = kLanes<T>, group = Operands::kGroup;
   const ForwardMemory<Operands> m(p, start);
-  const int64_t head = image_head % p.heads, tokens = p.height * p.width;
-  const int64_t channels = m.channels, depth = m.depth, head_dim = p.head_dim;
+  const KeysAndValues<Operands, S> source(p, image_head, m);
+  const int64_t head = image_head % p.heads;
   const T gate = static_cast<const T*>(p.gate)[head], factor = static_cast<T>(p.scale * kLog2E);
   const T* pos_weight = static_cast<const T*>(p.pos_weight) + 3 * head;
-  const S* q = rows_of<S>(p, p.q, image_head);
-  const S* k = rows_of<S>(p, p.k, image_head);
-  const S* v = rows_of<S>(p, p.v, image_head);
   S* out = rows_of<S>(p, p.out, image_head);
 
-  if (m.resident) {
-    Operands::copy_rows(k, p.k.token, tokens, head_dim, m.keys, depth);
-    Operands::copy_values(v, p.v.token, tokens, head_dim, m.values, channels);
-  }
-  // a block reads each key once, so that there is nothing to gain from a copy
-  const Operand* strided_keys = m.resident ? nullptr : Operands::in_place(k);
-  const int64_t key_stride = strided_keys == nullptr ? depth : p.k.token;
-  const auto keys_from = [&](int64_t begin, int64_t rows) -> const Operand* {
-    if (strided_keys != nullptr) {
-      return strided_keys + begin * key_stride;
-    }
-    if (m.resident) {
-      return m.keys + begin * depth;
-    }
-    Operands::copy_rows(k + begin * p.k.token, p.k.token, rows, head_dim, m.keys, depth);
-    return m.keys;
-  };
-  const auto values_from = [&](int64_t begin, int64_t rows) -> const Operand* {
-    if (m.resident) {
-      return m.values + begin / group * channels;
-    }
-    Operands::copy_values(v + begin * p.v.token, p.v.token, rows, head_dim, m.values, channels);
-    return m.values;
-  };
-
-  for (int64_t block = block_begin; block < block_end; ++block) {
-    const int64_t begin = m.blocks.begin(block), rows = m.blocks.rows(block), columns = m.blocks.columns(block);
-    Operands::copy_rows(q + begin * p.q.token, p.q.token, rows, head_dim, m.queries, depth);
-    transpose_rows(m.queries, rows, depth, m.transposed, columns);
-    for (int64_t key = 0; key < tokens; key += m.chunks.size) {
-      const int64_t keys = m.chunks.rows(key);
-      multiply<false, false>(
-          keys_from(key, keys), key_stride, m.transposed, columns, m.scores + key * columns, columns, keys, columns / lanes,
-          ceil_div(head_dim, group));
-    }
-
+  for (int64_t index = block_begin; index < block_end; ++index) {
+    const int64_t begin = m.blocks.begin(index), rows = m.blocks.rows(index), columns = m.blocks.columns(index);
     fill_coordinates(begin, columns, p.width, m.x, m.y);
     fill_factor(pos_weight[0], pos_weight[2], p.width, m.x, columns, m.col_factor);
     fill_factor(pos_weight[1], pos_weight[2], p.height, m.y, columns, m.row_factor);
-    Vector<T> content[kTileVectors];
-    for (int64_t vector = 0; vector < columns / lanes; ++vector) {
-      T* scores = m.scores + vector * lanes;
-      const Vector<T> largest = largest_of(scores, columns, tokens, factor);
-      const Vector<T> sum = exponentials(scores, columns, tokens, factor, largest);
-      content[vector] = (1 - gate) / sum;
-      if (p.lse != nullptr) {
-        T* lse = static_cast<T*>(p.lse) + image_head * tokens + begin + vector * lanes;
-        for (int64_t lane = 0; lane < minimum(lanes, rows - vector * lanes); ++lane) {
-          lse[lane] = largest[lane] * static_cast<T>(p.scale) + log2(sum[lane]) * static_cast<T>(kLn2);
-        }
+    const ForwardBlock<Operands, S> block{p, m, source, begin, rows, columns, gate, factor};
+    block.load_queries(rows_of<S>(p, p.q, image_head));
+    if (m.chunked) {
+      block.chunked();
+    } else {
+      block.whole();
+    }
+    if (p.lse != nullptr) {
+      T* lse = static_cast<T*>(p.lse) + image_head * p.height * p.width + begin;
+      for (int64_t query = 0; query < rows; ++query) {
+        lse[query] = m.largest[query] * static_cast<T>(p.scale) + log2(m.sum[query]) * static_cast<T>(kLn2);
       }
     }
-
-    for (int64_t key = 0; key < tokens; key += m.chunks.size) {
-      const int64_t keys = m.chunks.rows(key);
-      for (int64_t vector = 0; vector < columns / lanes; ++vector) {
-        const int64_t at = vector * lanes;
-        mix(
-            m.scores + at, m.row_factor + at, m.col_factor + at, columns, key, key + keys, p.width, content[vector],
-            gate);
-      }
-      const auto product = key == 0 ? multiply<true, false, T, Operand> : multiply<true, true, T, Operand>;
-      product(
-          Operands::map(m.scores + key * columns, columns, keys, m.map), columns, values_from(key, keys), channels,
-          m.out, channels, rows, channels / lanes, ceil_div(keys, group));
-    }
-    write_rows(m.out, channels, 1, 0, T(1), out + begin * p.out.token, p.out.token, rows, head_dim);
+    write_rows(m.out, m.channels, 1, 0, T(1), out + begin * p.out.token, p.out.token, rows, p.head_dim);
   }
 }
 

@@ -87,10 +87,23 @@ class TestEquivalence:
     def test_1024_tokens(self):
         check((32, 32), batch=1, heads=1, head_dim=16)
 
-    def test_4096_tokens(self):
-        inputs = make_inputs(1, 1, (64, 64), 8)
-        exact, eager = (eager_attention(i, (64, 64), 0.4) for i in (inputs.to(torch.float64), inputs))
-        assert_as_exact([attend(inputs, (64, 64), 0.4)], [eager], [exact])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("scale", [0.4, -0.4])
+    def test_many_tokens(self, dtype, scale):
+        """So many that a block takes its keys in chunks, with a running maximum; the last chunk and block are odd."""
+        check((37, 45), dtype, batch=1, heads=2, head_dim=13, scale=scale)
+
+    @pytest.mark.parametrize("grid", [(64, 64), (1, 2000), (2000, 1), (250, 8)])
+    def test_many_tokens_on_any_grid(self, grid):
+        inputs = make_inputs(1, 1, grid, 8)
+        exact, eager = (eager_attention(i, grid, 0.4) for i in (inputs.to(torch.float64), inputs))
+        assert_as_exact([attend(inputs, grid, 0.4)], [eager], [exact], rounds=4)
+
+    def test_many_tokens_in_float64(self):
+        inputs = make_inputs(1, 1, (37, 45), 5, torch.float64)
+        torch.testing.assert_close(
+            attend(inputs, (37, 45), 0.4), eager_attention(inputs, (37, 45), 0.4), rtol=1e-12, atol=1e-13
+        )
 
     def test_the_average_error_is_that_of_eager(self):
         squares = torch.zeros(2, 6, dtype=torch.float64)
@@ -127,6 +140,35 @@ class TestExtremes:
         assert not torch.isfinite(expected).all()
         assert torch.equal(found.isnan(), expected.isnan())
         assert torch.equal(found.isinf(), expected.isinf())
+
+    @pytest.mark.parametrize("which", ["q", "k", "v"])
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize(("logits", "position"), [(100.0, 0.01), (1.0, 10.0)])
+    def test_non_finite_values_among_many_tokens(self, which, value, logits, position):
+        """Where the content's part of the map is zero and the position's is not, and the other way round."""
+        inputs = make_inputs(1, 2, (37, 45), 8, logits=logits)
+        spoiled = getattr(inputs, which).clone()
+        spoiled[0, :, (5, 1600), 3] = value
+        inputs = inputs._replace(**{which: spoiled}, pos_weight=inputs.pos_weight * position)
+        expected, found = eager_attention(inputs, (37, 45), 0.5), attend(inputs, (37, 45), 0.5)
+        assert not torch.isfinite(expected).all()
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.equal(found.isinf(), expected.isinf())
+
+    def test_values_whose_sum_overflows(self):
+        """Not their weighted mean: the map's rows sum to one."""
+        inputs = make_inputs(1, 1, (37, 45), 8)
+        inputs = inputs._replace(q=torch.zeros_like(inputs.q), v=torch.full_like(inputs.v, 1e37))
+        torch.testing.assert_close(attend(inputs, (37, 45)), inputs.v, rtol=1e-5, atol=0)
+
+    def test_scores_of_minus_infinity_in_a_whole_chunk_of_keys(self):
+        inputs = make_inputs(1, 1, (37, 45), 8)
+        q, k = inputs.q.abs(), inputs.k.clone()
+        k[0, 0, :500] = -float("inf")
+        inputs = inputs._replace(q=q, k=k)
+        expected = eager_attention(inputs, (37, 45), 0.5)
+        assert torch.isfinite(expected).all()
+        torch.testing.assert_close(attend(inputs, (37, 45), 0.5), expected)
 
     @pytest.mark.parametrize("which", ["q", "k", "v", "pos_weight", "gate", "grad"])
     def test_a_nan_is_lost_in_no_result(self, which):
@@ -212,7 +254,9 @@ class TestLayout:
 
 
 class TestThreads:
-    @pytest.mark.parametrize("shape", [(5, 3, (7, 9), 20), (1, 1, (16, 20), 48), (1, 2, (1, 3), 5)])
+    @pytest.mark.parametrize(
+        "shape", [(5, 3, (7, 9), 20), (1, 1, (16, 20), 48), (1, 2, (1, 3), 5), (1, 1, (41, 40), 6)]
+    )
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_the_same_bits_on_any_number(self, threads, shape, dtype):
         batch, heads, grid, head_dim = shape
@@ -249,7 +293,7 @@ print(max(attend({side}, {head_dim}, torch.{dtype}), 0))
 class TestMemory:
     @pytest.mark.parametrize(
         ("side", "head_dim", "dtype"),
-        [(14, 48, "float32"), (64, 48, "float32"), (64, 256, "float64"), (128, 16, "float32"), (128, 8, "float64")],
+        [(14, 48, "float32"), (64, 48, "float32"), (64, 256, "float64"), (128, 48, "float32"), (128, 8, "float64")],
     )
     def test_a_forward_takes_at_most_two_megabytes_a_thread(self, side, head_dim, dtype):
         program = MEMORY.format(side=side, head_dim=head_dim, dtype=dtype)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from convit_kernels import bench
@@ -202,6 +203,32 @@ class TestFigures:
     def test_contenders_differ_in_colour(self):
         names = ("eager", "compile", "sdpa", "cpu", "triton", "composite", "reference")
         assert len({plots.colour(name) for name in names}) == len(names)
+
+
+class TestWholeModels:
+    @pytest.fixture
+    def against_deit(self, monkeypatch):
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        import against_deit
+
+        return against_deit
+
+    def test_section_is_what_the_committed_results_make(self, against_deit):
+        found = against_deit.SECTION.search(against_deit.README.read_text())
+        assert found, "the README has no section of whole models"
+        kept = json.loads((ROOT / found["source"]).read_text())
+        assert found[0] == against_deit.section(kept, found["source"]), "run: python benchmarks/against_deit.py"
+
+    def test_the_share_of_attention_is_that_of_its_kernels(self, against_deit):
+        q = torch.randn(1, 4, 256, 32, requires_grad=True)
+        image = torch.randn(1, 3, 512, 512)
+
+        def attention():
+            return torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+        assert against_deit.share_of_attention(lambda: torch.autograd.grad(attention().sum(), q)) > 0.5
+        assert against_deit.share_of_attention(lambda: torch.nn.functional.avg_pool2d(image, 7)) == 0
+        assert 0 < against_deit.share_of_attention(lambda: (attention(), image.sin())) < 1
 
 
 class TestReadme:

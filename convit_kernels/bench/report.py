@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
@@ -17,8 +18,8 @@ from .measure import Spread, milliseconds, spread
 
 # below it a change is not called one, however quiet the machine: builds and heaps differ by as much
 SMALLEST_CHANGE = 1.10
-# a change must exceed the runs' own spread that many times
-SPREADS = 2.0
+# a change must exceed the noise that many times: of a hundred rows of the same code, none should
+SPREADS = 3.0
 # where the noise hides a slowdown of this much, the comparison says so instead of "same"
 MUST_SHOW = 1.5
 
@@ -179,7 +180,7 @@ class Change(NamedTuple):
 
     group: str
     contender: str
-    change: float  # new time over old, relative to eager's in the same run where there is one
+    change: float  # new time over old, or as much of it as shows relative to eager's in the same run too
     noise: float  # the factor up to which chance explains it
     verdict: str
 
@@ -191,14 +192,26 @@ def _drift_free(row: Row) -> list[float]:
     return [-math.log(ratio) for ratio in row.ratios]
 
 
+def _noise_of_run(rows: Sequence[Row]) -> float:
+    """What a run says of itself: how far eager against itself comes out from 1, as one standard deviation of a log.
+
+    It sees what the spread within a row does not: a neighbour's burst or a layout of memory lasts as long as a row.
+    """
+    controls = [abs(math.log(row.ratio)) for row in rows if row.contender == EAGER and row.ratio is not None]
+    return 1.4826 * statistics.median(controls) if controls else 0.0
+
+
 def compare(new: Sequence[Row], old: Sequence[Row]) -> list[Change]:
     """The rows that both results have, held against each other, the worst first.
 
-    A row has changed when its median has by more than 10 % and by more than twice the spread of both runs: half of what
-    lies between their 20th and 80th percentile, added in squares, about one standard deviation each. Our rows are
-    compared by their ratio to eager, in pairs of neighbouring runs, so that a slower day is no regression.
+    A row has changed when its median has by more than 10 % and by more than three times the noise, about one standard
+    deviation: the spread of both rows, half of what lies between their 20th and 80th percentile, and what eager against
+    itself says of both runs, added in squares. Our rows are compared by their ratio to eager, in pairs of neighbouring
+    runs, so that a slower day is no regression, and as they are, so that a day on which eager alone was disturbed is
+    none either: what counts is the smaller of the two changes.
     """
     older = {(row.group, row.contender): row for row in old}
+    runs = [_noise_of_run(rows) for rows in (new, old)]
     changes = []
     for row in new:
         before = older.get((row.group, row.contender))
@@ -208,7 +221,9 @@ def compare(new: Sequence[Row], old: Sequence[Row]) -> list[Change]:
         logs = [_drift_free(r) if paired else [math.log(t) for t in r.seconds] for r in (row, before)]
         now, then = (spread(values) for values in logs)
         widths = [(s.p80 - s.p20) / 2 for s in (now, then)]
-        change, noise = now.p50 - then.p50, max(math.log(SMALLEST_CHANGE), SPREADS * math.hypot(*widths))
+        noise = max(math.log(SMALLEST_CHANGE), SPREADS * math.hypot(*widths, *runs))
+        relative, plain = now.p50 - then.p50, math.log(row.time.p50 / before.time.p50)
+        change = min(relative, plain, key=abs) if relative * plain > 0 else 0.0
         if abs(change) > noise:
             verdict = "slower" if change > 0 else "faster"
         else:

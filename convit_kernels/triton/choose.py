@@ -8,6 +8,7 @@ the loads is worth. All this is a choice among tiles, no prediction of time.
 
     python -m convit_kernels.triton.choose --devices sm_90             what the ladders give, with what fails everywhere
     python -m convit_kernels.triton.choose --devices sm_90 --write     ... into config_table.py
+    --mend: start from the table as it is, and search on only where it fails
     python -m convit_kernels.triton.choose --prices forward --devices sm_90 --head-dims 48 64     the rungs, priced
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import functools
 import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,9 +30,6 @@ from .machine_code import DEVICES
 
 # The dtypes that a row of the table is judged by. float16 compiles as bfloat16 does; the budget's matrix has it too.
 DTYPES = {2: ("bfloat16",), 4: ("float32", "tf32")}
-
-# Further architectures of a family whose compiled code is not that of the one it is named after.
-STRICTER = {"sm_86": ("sm_120",)}
 
 # Whose specifications price an architecture; the others are priced as an A100.
 MODELS = {"sm_90": time_model.H100, "sm_100": time_model.H100}
@@ -73,7 +72,20 @@ def price(case: budget.Case, row: budget.Row) -> float:
     return float(sum(time**3 for time in times) ** (1 / 3) * (1 + 2 / row.report.occupancy))
 
 
-def choose(device: str, itemsize: int, head_dim: int) -> tuple[dict[str, configs.Config], list[str]]:
+def rungs(key: str, pass_name: str, itemsize: int, head_dim: int, *, mend: bool) -> list[configs.Config]:
+    """What to try for a row of the table: the ladder, or to ``mend`` it what the row has and the rungs below."""
+    candidates = ladder(pass_name, itemsize, head_dim)
+    if not mend:
+        return candidates
+    entry = config_table.TABLE[key].split()[configs.HEAD_DIM_BUCKETS.index(head_dim)]
+    present = configs.Config(*map(int, entry.split("x")))
+    below = candidates[candidates.index(present) + 1 :] if present in candidates else candidates
+    return [present, *below]
+
+
+def choose(
+    device: str, itemsize: int, head_dim: int, mend: bool = False
+) -> tuple[dict[str, configs.Config], list[str]]:
     """The configuration of each row of the table, and a line for each that fails on every rung (its last is taken)."""
     chosen: dict[str, configs.Config] = {}
     failures = []
@@ -81,12 +93,12 @@ def choose(device: str, itemsize: int, head_dim: int) -> tuple[dict[str, configs
     for pass_name in configs.PASSES:
         for regime in configs.regimes(pass_name):
             key = configs.table_key(device, pass_name, regime, itemsize)
-            for config in ladder(pass_name, itemsize, head_dim):
+            for config in rungs(key, pass_name, itemsize, head_dim, mend=mend):
                 chosen[key] = config
                 cases = (
-                    budget.Case(target, pass_name.split("_")[0], dtype, head_dim, regime)
-                    for target in (device, *STRICTER.get(device, ()))
+                    budget.Case(device, pass_name.split("_")[0], dtype, head_dim, regime)
                     for dtype in DTYPES[itemsize]
+                    if dtype in budget.dtypes(device)
                 )
                 # the first that fails is enough
                 reason = next(
@@ -123,6 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--prices", choices=configs.PASSES, metavar="PASS", help="only print the rungs of one pass")
     parser.add_argument("--write", action="store_true", help="rewrite config_table.py")
+    parser.add_argument("--mend", action="store_true", help="keep what does not fail")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     options = parser.parse_args(arguments)
     rows = [
@@ -147,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
         for (device, size, head_dim), (chosen, failures) in zip(
-            rows, pool.map(choose, *zip(*rows, strict=True)), strict=True
+            rows, pool.map(functools.partial(choose, mend=options.mend), *zip(*rows, strict=True)), strict=True
         ):
             complaints += failures
             print(device, size, head_dim, {key: written(config) for key, config in chosen.items()}, flush=True)

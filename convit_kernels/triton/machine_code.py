@@ -8,8 +8,9 @@ How the instructions are counted
     The machine code becomes a graph of basic blocks. Back edges give its natural loops; the trip count of each is known
     from the shape (ceil(N / BLOCK_N)). The count is that of the longest path, each loop taken as often as it runs. So
     of two exclusive branches the longer counts: the ordinary head, which needs content and position, not the one whose
-    gate is saturated. On sm_100, where one elected thread issues the matrix products, the path is that thread's warp's.
-    Loops that only wait (for a barrier) count as not entered: the wait succeeds at the first try. An instruction whose
+    gate is saturated. On sm_100 one warp of a program issues the matrix products and the others branch around them:
+    each of the two kinds has a path of its own. Loops that only wait (for a barrier) count as not entered: the wait
+    succeeds at the first try. An instruction whose
     predicate is false takes its issue slot and counts. `Report.macs` is a check on all of this: the matrix
     multiply-accumulates on the path must equal what the tile's arithmetic asks for. On AMD nothing is counted: its code
     walks through all branches in turn with lanes switched off, so its graph does not tell which exclude each other.
@@ -352,6 +353,9 @@ def _loops(blocks: Sequence[Block]) -> dict[int, set[int]]:
     return loops
 
 
+# What one warp issues for the whole program.
+_ELECTED = re.compile(r"UTC\w*MMA")
+
 _WAITING = ("SYNCS", "NANOSLEEP", "UTCATOMSWS", "YIELD")
 
 
@@ -370,6 +374,15 @@ def _without_waiting(blocks: Sequence[Block]) -> list[Block]:
     return kept
 
 
+def _around_elected(blocks: Sequence[Block]) -> list[Block]:
+    """The same program as a warp sees it that issues no product for all: at a fork it never goes where one is."""
+    products = {index for index, block in enumerate(blocks) if any(map(_ELECTED.match, block.opcodes))}
+    return [
+        Block(block.opcodes, [onward for onward in block.successors if onward not in products] or block.successors)
+        for block in blocks
+    ]
+
+
 @dataclasses.dataclass(frozen=True)
 class Loop:
     """What tells the loops of a kernel apart: their place in the program, whether one lies in it, whether it
@@ -381,12 +394,14 @@ class Loop:
     matrix: bool
 
 
-def issued(blocks: Sequence[Block], trips: Callable[[Loop], int]) -> Counter[str]:
+def issued(blocks: Sequence[Block], trips: Callable[[Loop], int], *, elected: bool = True) -> Counter[str]:
     """Opcode -> how often one warp issues it on the longest path through the program.
 
     Args:
         blocks: of the whole kernel.
         trips: how often a loop runs each time it is entered. Loops that only wait are not asked for.
+        elected: whether this is the warp that issues the matrix products where one warp does so for all (sm_100);
+            otherwise it takes every branch around them.
     Raises:
         ValueError: for an irreducible control flow.
     """
@@ -403,6 +418,8 @@ def issued(blocks: Sequence[Block], trips: Callable[[Loop], int]) -> Counter[str
         for index, header in enumerate(sorted(loops))
     }
     order = _reachable(blocks)
+    if not elected:
+        blocks = _around_elected(blocks)
 
     def longest(entry: int, region: set[int]) -> dict[int, Counter[str]]:
         """Block -> what the longest path from ``entry`` to its end issues, within ``region``, not back to ``entry``."""
@@ -445,7 +462,7 @@ def macs_per_warp(opcodes: Mapping[str, int]) -> int | None:
     total = 0
     for opcode, number in opcodes.items():
         base = opcode.split(".")[0]
-        if base.startswith("UTC") and "MMA" in base:
+        if _ELECTED.match(base):
             return None
         if base == "HMMA":  # HMMA.16816 is m16 n8 k16, HMMA.1688 m16 n8 k8
             shape = opcode.split(".")[1]
@@ -515,10 +532,15 @@ class Report:
     instructions: dict[str, int] | None = None  # see `mix`; None where they were not counted
     macs: int | None = None  # matrix multiply-accumulates of one warp, see `macs_per_warp`
     requested: int | None = None  # see `requested_bytes`
+    others: int | None = None  # instructions of each further warp, where one issues the matrix products for all
 
     @property
     def issued(self) -> int | None:
-        return None if self.instructions is None else sum(self.instructions.values())
+        """Instructions of all warps of one program."""
+        if self.instructions is None:
+            return None
+        own = sum(self.instructions.values())
+        return own + (self.warps - 1) * (own if self.others is None else self.others)
 
     @property
     def fits(self) -> bool:
@@ -551,6 +573,7 @@ def read(compiled: Any, device: str, trips: Callable[[Loop], int] | None = None)
     name, metadata = compiled.metadata.name, compiled.metadata
     warps, shared = int(metadata.num_warps), int(metadata.shared)
     opcodes: Counter[str] | None = None
+    others: int | None = None
     if DEVICES[device].backend == "cuda":
         binary = compiled.asm["cubin"]
         usage = _run_tool("cuobjdump", binary, "-res-usage")
@@ -558,7 +581,10 @@ def read(compiled: Any, device: str, trips: Callable[[Loop], int] | None = None)
         registers = int(numbers["REG"])
         spill_bytes = int(numbers["STACK"]) + int(numbers["LOCAL"])
         if trips is not None:
-            opcodes = issued(nvidia_blocks(_run_tool("nvdisasm", binary, "-c"), name), trips)
+            blocks = nvidia_blocks(_run_tool("nvdisasm", binary, "-c"), name)
+            opcodes = issued(blocks, trips)
+            if any(map(_ELECTED.match, opcodes)):
+                others = issued(blocks, trips, elected=False).total()
     else:
         assembly = compiled.asm["amdgcn"]
         numbers = dict(re.findall(r"^\s+\.(\w+):\s+(\d+)\s*$", assembly, re.MULTILINE))
@@ -578,4 +604,5 @@ def read(compiled: Any, device: str, trips: Callable[[Loop], int] | None = None)
         instructions=None if opcodes is None else mix(opcodes),
         macs=None if opcodes is None else macs_per_warp(opcodes),
         requested=None if opcodes is None else requested_bytes(opcodes),
+        others=others,
     )

@@ -263,6 +263,33 @@ def test_special_values() -> None:
     check_special_values(forward.forward)
 
 
+def test_the_largest_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """65,536 tokens, from the factors. The interpreter needs minutes for all rows, so two programs run."""
+    programs, kernel = 2, forward.forward_kernel
+    case = Case((256, 256), FP32, 16, "factored", (32, 4096), gates=(0.6,))
+
+    class FirstPrograms:
+        def __getitem__(self, grid: tuple[int, int]) -> Any:
+            assert grid == (65536 // 32, 1)
+            return kernel[programs, 1]
+
+    monkeypatch.setattr(forward, "forward_kernel", FirstPrograms())
+    tensors = inputs(case)
+    out, lse, _ = call(forward.forward, case, tensors)
+    q, k, v, pos_weight, gate = tensors
+    q = q[:, :, : programs * 32]
+    # the first rows of the position map: all lie in the grid's first row
+    row_table, col_table = factors(pos_weight, case.grid)
+    position = torch.einsum("hb,hcd->hcbd", row_table[:, 0], col_table[:, : programs * 32]).flatten(2)
+    scale = case.head_dim**-0.5
+    exact = dense(q.double(), k.double(), v.double(), position, gate, scale, None, 0.0)
+    assert_close(out[:, :, : programs * 32], exact, dense(q, k, v, position, gate, scale, None, 0.0))
+    logits = q @ k.mT * scale
+    assert_close(
+        lse[:, :, : programs * 32], torch.logsumexp(q.double() @ k.double().mT * scale, -1), torch.logsumexp(logits, -1)
+    )
+
+
 def test_mask_of_dropout() -> None:
     keep = keep_mask(3, 4, 144, 0.3).double()
     deviation = (0.3 * 0.7 / keep.numel()) ** 0.5

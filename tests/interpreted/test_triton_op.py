@@ -1,5 +1,6 @@
 """The Triton kernels as users reach them: through gpsa_attention, the op and the layer, in the interpreter."""
 
+import numpy as np
 import pytest
 import torch
 from equivalence import Inputs, assert_as_exact, eager_attention, make_inputs, with_gradients
@@ -51,6 +52,29 @@ def test_compiles_into_one_graph():
         with_gradients(compiled, inputs), with_gradients(lambda i: attend(i, (3, 5)), inputs), strict=True
     ):
         torch.testing.assert_close(mine, truth)
+
+
+@pytest.mark.parametrize(("axis", "stride"), [(0, 2**30 + 16), (1, 2**31 + 16), (2, 2**29 + 16)])
+def test_elements_more_than_2_to_the_31_apart(axis, stride):
+    """The bits are those of contiguous copies. Most of the memory is never touched, and so never given out."""
+    shape = (3, 2, 6, 16)
+    size = 4 * 3 * 2 * 6 * 16 + stride * (shape[axis] - 1)
+    storage = torch.from_numpy(np.empty(size, dtype=np.float16))
+    strides = [0, 0, 0, 1]
+    strides[axis] = stride
+    step = 16
+    for other in {0, 1, 2} - {axis}:
+        strides[other] = step
+        step *= shape[other]
+    views = [storage.as_strided(shape, strides, storage_offset=step * index) for index in range(4)]
+    assert views[3].storage_offset() + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) > 2**31
+    plain = make_inputs(3, 2, (2, 3), 16, torch.float16)
+    plain = plain._replace(pos_weight=plain.pos_weight.float(), gate=plain.gate.float())
+    for view, tensor in zip(views, (plain.q, plain.k, plain.v, plain.grad), strict=True):
+        view.copy_(tensor)
+    far = plain._replace(q=views[0], k=views[1], v=views[2], grad=views[3])
+    results = [with_gradients(lambda i: attend(i, (2, 3)), inputs) for inputs in (far, plain)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_ten_runs_give_the_same_bits():
