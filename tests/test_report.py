@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from convit_kernels import bench
 from convit_kernels.bench import plots, report
-from convit_kernels.bench.contenders import Task
+from convit_kernels.bench.contenders import ARCHITECTURES, Task
 from convit_kernels.bench.measure import interleaved
 from convit_kernels.bench.report import NotMeasured, Results, Row
 from convit_kernels.cli import app
@@ -107,6 +107,35 @@ class TestRegressions:
 
     def test_noise_that_would_hide_it_is_admitted(self):
         assert verdicts([row(noise=0.5)], [row(noise=0.5, seed=1)]) == ["unclear"]
+
+    @pytest.mark.parametrize("seed", range(10))
+    def test_six_tasks_show_what_one_may_hide(self, seed):
+        def run(seconds: float, seed: int) -> list[Row]:
+            tasks = [Task("attention", model, 8) for model in ARCHITECTURES]
+            return [row(seconds=seconds, noise=0.07, rounds=7, seed=seed, task=task) for task in tasks]
+
+        def kind(new: list[Row], old: list[Row]) -> str:
+            changes = {change.task: change for change in report.compare(new, old)}
+            assert len(changes) == 7
+            return changes["attention, forward: all 6 tasks"].verdict
+
+        before = run(0.010, 100 + seed)
+        assert kind(run(0.015, seed), before) == "slower"
+        assert kind(run(0.010, seed), before) == "same"
+
+    def test_eager_disturbed_beside_one_row_changes_nothing(self):
+        names = [f"contender {index}" for index in range(8)]
+        old, new = ([row(name, seed=seed) for name in names] for seed in (1, 2))
+        new[2] = replace(new[2], eager_seconds=[1.6 * time for time in new[2].eager_seconds])
+        assert verdicts(new, old) == ["same"] * 8
+
+    def test_a_run_that_was_disturbed_says_so(self):
+        """Eager's time beside one row is not that beside the next."""
+        names = [f"contender {index}" for index in range(8)]
+        calm = [row(name, seed=1) for name in names]
+        disturbed = [row(name, drift=1 + index % 2, seed=2) for index, name in enumerate(names)]
+        assert verdicts(calm, calm) == ["same"] * 8
+        assert set(verdicts(disturbed, calm)) == {"unclear"}
 
     def test_without_eager_times_count_as_they_are(self):
         new, old = row(seconds=0.015), row(seed=1)
@@ -242,11 +271,23 @@ class TestReadme:
     def test_section_is_what_the_committed_results_make(self, readme):
         found = readme.SECTION.search(readme.README.read_text())
         assert found, "the README has no performance section"
-        assert found[0] == readme.section(report.load(ROOT / found["source"]), found["source"]), "run: make results"
+        path = ROOT / found["source"]
+        growth = report.load(readme.growth_file(path))
+        assert found[0] == readme.section(report.load(path), found["source"], growth), "run: make results"
 
-    def test_its_figure_is_there(self, readme):
-        (figure,) = readme.re.findall(r"!\[.*?\]\((benchmarks/results/.*?)\)", readme.README.read_text())
-        assert (ROOT / figure).exists()
+    def test_its_figures_are_there(self, readme):
+        figures = readme.re.findall(r"\]\((benchmarks/results/\S*?svg)\)", readme.README.read_text())
+        assert len(figures) >= 3
+        assert all((ROOT / figure).exists() for figure in figures)
+
+    def test_growth_names_what_ran_out_of_memory(self, readme):
+        small, large = (Task("attention", "convit_small", 8, side) for side in (14, 64))
+        lost = NotMeasured(str(large), "eager", "out of memory: 9 GB were asked for")
+        swept = results(row("eager", 0.04, task=small), row(task=small), row(task=large), not_measured=[lost])
+        text = readme.section(results(row("eager", 0.04), row()), "benchmarks/results/x.json", swept)
+        (first,) = (line for line in text.splitlines() if line.startswith("| attention, forward | 196 "))
+        (last,) = (line for line in text.splitlines() if line.startswith("| attention, forward | 4096 "))
+        assert "out of memory" not in first and last.startswith("| attention, forward | 4096 | out of memory | ")
 
     def test_it_names_the_machine_and_what_was_not_measured(self, readme):
         text = readme.section(results(row("eager", 0.04), row()), "benchmarks/results/x.json")

@@ -3,9 +3,10 @@
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,15 +14,17 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from ..attention import backends
-from .contenders import COMPILED, EAGER, FLOOR, label
+from .contenders import COMPILED, EAGER, FLOOR, PARTS, label
 from .measure import Spread, milliseconds, spread
 
 # below it a change is not called one, however quiet the machine: builds and heaps differ by as much
 SMALLEST_CHANGE = 1.10
-# a change must exceed the noise that many times: of a hundred rows of the same code, none should
-SPREADS = 3.0
+# a change must exceed so many standard deviations of the noise
+DEVIATIONS = 3.0
 # where the noise hides a slowdown of this much, the comparison says so instead of "same"
 MUST_SHOW = 1.5
+# tasks that are judged together too
+FEWEST_OF_A_KIND = 4
 
 ORDER = [EAGER, COMPILED, FLOOR, "auto", *(backend.name for backend in backends())]
 
@@ -176,66 +179,103 @@ def tables(rows: Sequence[Row], not_measured: Sequence[NotMeasured] = ()) -> lis
 
 
 class Change(NamedTuple):
-    """How one row differs from the older one. verdict: slower, faster, same, or unclear: too much noise to say."""
+    """How a contender's time at a task, or at all tasks of a kind, differs from the older one."""
 
-    group: str
+    task: str
     contender: str
-    change: float  # new time over old, or as much of it as shows relative to eager's in the same run too
+    change: float  # new time over old, as much of it as shows relative to eager's in the same run
     noise: float  # the factor up to which chance explains it
-    verdict: str
+    verdict: str  # slower, faster, same, or unclear: too much noise to say
 
-
-def _drift_free(row: Row) -> list[float]:
-    """Logarithms of the times; relative to eager's beside them, which a slower day slows alike."""
-    if row.contender == EAGER or not row.eager_seconds:
-        return [math.log(value) for value in row.seconds]
-    return [-math.log(ratio) for ratio in row.ratios]
-
-
-def _noise_of_run(rows: Sequence[Row]) -> float:
-    """What a run says of itself: how far eager against itself comes out from 1, as one standard deviation of a log.
-
-    It sees what the spread within a row does not: a neighbour's burst or a layout of memory lasts as long as a row.
-    """
-    controls = [abs(math.log(row.ratio)) for row in rows if row.contender == EAGER and row.ratio is not None]
-    return 1.4826 * statistics.median(controls) if controls else 0.0
-
-
-def compare(new: Sequence[Row], old: Sequence[Row]) -> list[Change]:
-    """The rows that both results have, held against each other, the worst first.
-
-    A row has changed when its median has by more than 10 % and by more than three times the noise, about one standard
-    deviation: the spread of both rows, half of what lies between their 20th and 80th percentile, and what eager against
-    itself says of both runs, added in squares. Our rows are compared by their ratio to eager, in pairs of neighbouring
-    runs, so that a slower day is no regression, and as they are, so that a day on which eager alone was disturbed is
-    none either: what counts is the smaller of the two changes.
-    """
-    older = {(row.group, row.contender): row for row in old}
-    runs = [_noise_of_run(rows) for rows in (new, old)]
-    changes = []
-    for row in new:
-        before = older.get((row.group, row.contender))
-        if before is None:
-            continue
-        paired = bool(row.eager_seconds) == bool(before.eager_seconds)
-        logs = [_drift_free(r) if paired else [math.log(t) for t in r.seconds] for r in (row, before)]
-        now, then = (spread(values) for values in logs)
-        widths = [(s.p80 - s.p20) / 2 for s in (now, then)]
-        noise = max(math.log(SMALLEST_CHANGE), SPREADS * math.hypot(*widths, *runs))
-        relative, plain = now.p50 - then.p50, math.log(row.time.p50 / before.time.p50)
-        change = min(relative, plain, key=abs) if relative * plain > 0 else 0.0
+    @classmethod
+    def judged(cls, task: str, contender: str, change: float, deviation: float) -> "Change":
+        """Of the logarithm of a change and one standard deviation of it."""
+        noise = max(math.log(SMALLEST_CHANGE), DEVIATIONS * deviation)
         if abs(change) > noise:
             verdict = "slower" if change > 0 else "faster"
         else:
             verdict = "unclear" if noise > math.log(MUST_SHOW) else "same"
-        changes.append(Change(row.group, row.contender, math.exp(change), math.exp(noise), verdict))
+        return cls(task, contender, math.exp(change), math.exp(noise), verdict)
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    """Of the median, as if the values were normal about it."""
+    deviation = (spread(values).p80 - spread(values).p20) / 1.683
+    return math.sqrt(math.pi / 2 / len(values)) * deviation
+
+
+def _pace(rows: Iterable[Row]) -> dict[str, float]:
+    """The logarithm of eager's time by group, of all that it was measured beside."""
+    medians = {
+        group: [math.log(spread(row.eager_seconds).p50) for row in members if row.eager_seconds]
+        for group, members in by_group(rows).items()
+    }
+    return {group: statistics.median(values) for group, values in medians.items() if values}
+
+
+def _noise_of_run(rows: Iterable[Row]) -> float:
+    """What a run says of itself: one standard deviation of the logarithm of a row's median time.
+
+    Eager is measured again beside every row of a group, minutes apart, and on a machine of its own its medians would be
+    equal. They show what the spread within a row does not: a neighbour's burst, a clock or a layout of memory that last
+    as long as a row.
+    """
+    differences = []
+    for members in by_group(rows).values():
+        medians = [math.log(spread(row.eager_seconds).p50) for row in members if row.eager_seconds]
+        differences += [abs(after - before) for before, after in pairwise(medians)]
+    return 1.4826 * statistics.median(differences) / math.sqrt(2) if differences else 0.0
+
+
+def _change_of_row(row: Row, before: Row, pace: float | None) -> tuple[float, float]:
+    """The logarithm of a row's change, and the error of its two medians; `pace`: that of eager's in the whole group."""
+    plain = math.log(row.time.p50 / before.time.p50)
+    if not (row.eager_seconds and before.eager_seconds) or pace is None:
+        logs = [[math.log(value) for value in each.seconds] for each in (row, before)]
+        return plain, math.hypot(*map(_standard_error, logs))
+    logs = [[-math.log(ratio) for ratio in each.ratios] for each in (row, before)]
+    paired, by_pace = spread(logs[0]).p50 - spread(logs[1]).p50, plain - pace
+    change = min(paired, by_pace, key=abs) if paired * by_pace > 0 else 0.0
+    return change, math.hypot(*map(_standard_error, logs))
+
+
+def compare(new: Sequence[Row], old: Sequence[Row]) -> list[Change]:
+    """The rows that both results have, held against each other, and all rows of a kind together; the worst first.
+
+    Times count relative to eager's in the same run, so that a slower day is no regression: by pairs of neighbouring
+    runs, and by eager's median in the whole group, for eager itself may have been disturbed beside a row. What counts
+    is the smaller of the two.
+
+    A row has changed when it has by more than 10 % and by more than three standard deviations of the noise: the errors
+    of both medians and what eager's repeated measurements say of both runs, added in squares. Several tasks of a kind,
+    the sizes of a model, show smaller changes than one: the median of theirs counts, and how far they differ.
+    """
+    older = {(row.group, row.contender): row for row in old}
+    runs = math.hypot(_noise_of_run(new), _noise_of_run(old))
+    paces, old_paces = _pace(new), _pace(old)
+    changes: list[Change] = []
+    kinds: dict[tuple[str, str], list[float]] = {}
+    for row in new:
+        before = older.get((row.group, row.contender))
+        if before is None or row.contender == EAGER:
+            continue
+        known = row.group in paces and row.group in old_paces
+        change, error = _change_of_row(row, before, paces[row.group] - old_paces[row.group] if known else None)
+        changes.append(Change.judged(row.group, row.contender, change, math.hypot(error, runs)))
+        kind = f"{PARTS[row.part]}, {'forward + backward' if row.backward else 'forward'}"
+        kinds.setdefault((kind, row.contender), []).append(change)
+    for (kind, contender), values in kinds.items():
+        if len(values) >= FEWEST_OF_A_KIND:
+            error = math.sqrt(math.pi / 2 / len(values)) * statistics.stdev(values)
+            deviation = math.hypot(error, runs / math.sqrt(len(values)))
+            task = f"{kind}: all {len(values)} tasks"
+            changes.append(Change.judged(task, contender, statistics.median(values), deviation))
     return sorted(changes, key=lambda change: -change.change)
 
 
 def comparison(new: Results, old: Results) -> list[Table | str]:
     """What became slower or faster since the older results, and how many rows say nothing."""
     changes = compare(new.rows, old.rows)
-    ours = [change for change in changes if change.contender != EAGER]
     table = Table(box=SIMPLE, pad_edge=False, title="Changes since the older results", title_justify="left")
     for heading, justify in (
         ("", "left"),
@@ -245,7 +285,7 @@ def comparison(new: Results, old: Results) -> list[Table | str]:
         ("task", "left"),
     ):
         table.add_column(heading, justify=justify, no_wrap=heading != "task")  # type: ignore[arg-type]
-    for change in ours:
+    for change in changes:
         if change.verdict in ("slower", "faster"):
             colour = "red" if change.verdict == "slower" else "green"
             table.add_row(
@@ -253,9 +293,9 @@ def comparison(new: Results, old: Results) -> list[Table | str]:
                 f"{change.change:.2f}x",
                 f"{change.noise:.2f}x",
                 label(change.contender),
-                change.group,
+                change.task,
             )
-    counts = {verdict: sum(c.verdict == verdict for c in ours) for verdict in ("slower", "faster", "same", "unclear")}
+    counts = Counter(change.verdict for change in changes)
     keys = [{(row.group, row.contender) for row in results.rows} for results in (new, old)]
     summary = (
         f"{counts['slower']} slower, {counts['faster']} faster, {counts['same']} the same, {counts['unclear']} too "
