@@ -16,6 +16,7 @@ SOURCES := setup.py convit_kernels/schemas.py $(wildcard csrc/*)
 
 demo: $(VENV)/built
 	$(BIN)/python -m convit_kernels demo $(ARGS)
+	$(BIN)/python examples/evaluate.py --skip-without-data
 
 # Triton's interpreter is a matter of the whole process, so its tests have one of their own.
 test: $(VENV)/built
@@ -30,10 +31,12 @@ kernels: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
-# The benchmarks, kept by machine and commit; then the README's performance section from them.
+# The benchmarks and the attention's growth, kept by machine and commit; then the README's sections from them.
 results: $(VENV)/built
 	results=$$($(BIN)/python benchmarks/results_path.py) && \
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=$$results $(ARGS) && \
+	$(BIN)/python -m pytest benchmarks --benchmark-only --sweep --contenders cpu,triton,sdpa \
+		-k attention-convit_small- --benchmark-json=$${results%.json}-growth.json && \
 	$(BIN)/python benchmarks/readme.py $$results && \
 	$(BIN)/python benchmarks/against_deit.py --out $${results%.json}-models.json
 

@@ -1,11 +1,15 @@
 """Rewrites the README's performance section from a file of results, so that its figures cannot drift from it.
 
 python benchmarks/readme.py [RESULTS.json]          default: the file that the section names
+
+A sweep's results beside it, RESULTS-growth.json, give the part on growth.
 """
 
 import re
 import sys
 from pathlib import Path
+
+from tasks import SWEEP_MODEL, SWEEP_SIDES_BATCH
 
 from convit_kernels.bench.contenders import ARCHITECTURES, EAGER, FLOOR, PARTS, label
 from convit_kernels.bench.measure import milliseconds
@@ -24,10 +28,13 @@ def _cells(row: Row) -> list[str]:
     return [ratio, f"{p50} ({p20} to {p80})", error, f"{row.peak_memory / 1e6:.1f}", f"{row.share_of_peak:.0%}"]
 
 
+def _ours(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if label(row.contender).startswith("ours")]
+
+
 def _best(rows: list[Row]) -> Row | None:
-    """The fastest of our backends."""
-    ours = [row for row in rows if row.ratio is not None and label(row.contender).startswith("ours")]
-    return max(ours, key=lambda row: row.ratio or 0.0, default=None)
+    """That of our backends which is the furthest from eager."""
+    return max((row for row in _ours(rows) if row.ratio is not None), key=lambda row: row.ratio or 0.0, default=None)
 
 
 def _summary(results: Results) -> list[str]:
@@ -68,7 +75,44 @@ def _details(results: Results) -> list[str]:
     return lines
 
 
-def section(results: Results, source: str) -> str:
+def growth_file(path: Path) -> Path:
+    """Where a sweep's results belong, beside those of the default set."""
+    return path.with_name(f"{path.stem}-growth.json")
+
+
+def _growth(results: Results, source: str) -> list[str]:
+    """Time and memory by grid: eager's beside those of our fastest backend."""
+    lost = {entry.group for entry in results.not_measured if entry.contender == EAGER}
+    figures = Path(source).with_suffix("")
+    lines = [
+        f"**Growth with the image**: {ARCHITECTURES[SWEEP_MODEL].title}, batch {SWEEP_SIDES_BATCH}, measured on",
+        f"{describe(results.machine)}; [all of it]({source}).",
+        "",
+        "| | tokens | eager, ms | ours, ms | eager, peak MB | ours, peak MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    groups = by_group(row for row in results.rows if row.batch == SWEEP_SIDES_BATCH)
+    for group, rows in sorted(groups.items(), key=lambda entry: (entry[1][0].backward, entry[1][0].tokens)):
+        eager = next((row for row in rows if row.contender == EAGER), None)
+        ours = min(_ours(rows), key=lambda row: row.time.p50, default=None)  # eager may not fit: no ratio
+        if ours is None or (eager is None and group not in lost):
+            continue
+        cells = [str(ours.tokens)]
+        cells += ["out of memory" if row is None else milliseconds(row.time.p50) for row in (eager, ours)]
+        cells += ["" if row is None else f"{row.peak_memory / 1e6:.1f}" for row in (eager, ours)]
+        mode = "forward + backward" if ours.backward else "forward"
+        lines.append(f"| {PARTS[ours.part]}, {mode} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"![Time and memory against the number of tokens, with fitted exponents]({figures / 'growth-tokens.svg'})",
+        "",
+        f"The same against the batch: [figure]({figures / 'growth-batch.svg'}).",
+        "",
+    ]
+    return lines
+
+
+def section(results: Results, source: str, growth: Results | None = None) -> str:
     """The section, markers included, from results and the path of their file beside the README."""
     control = [row.ratio for row in results.rows if row.contender == EAGER and row.ratio is not None]
     measured_gpu = any(row.device.startswith("cuda") for row in results.rows)
@@ -93,6 +137,8 @@ def section(results: Results, source: str) -> str:
     if any(row.contender == FLOOR for row in results.rows):
         lines.append(f"{label(FLOOR)}: PyTorch's fused attention without position, which is less work.")
     lines.append("")
+    if growth is not None:
+        lines += _growth(growth, growth_file(Path(source)).as_posix())
     if not measured_gpu:
         lines.append("**Not measured: any GPU.** None was at hand; nothing here says how fast the Triton kernels are.")
     lines += [f"Not measured either: {reason}." for reason in sorted(reasons)]
@@ -109,7 +155,11 @@ def main(arguments: list[str]) -> None:
     results = load(path)
     source = path.relative_to(ROOT).as_posix()
     write_figures(results, path.with_suffix(""), formats=("svg",))
-    README.write_text(text[: found.start()] + section(results, source) + text[found.end() :])
+    growth = None
+    if (swept := growth_file(path)).is_file():
+        growth = load(swept)
+        write_figures(growth, swept.with_suffix(""), formats=("svg",))
+    README.write_text(text[: found.start()] + section(results, source, growth) + text[found.end() :])
 
 
 if __name__ == "__main__":
