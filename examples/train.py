@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
@@ -382,9 +382,19 @@ def load_weights(path: Path) -> tuple[models.ConViT, dict[str, Any]]:
     """The model of a weights.safetensors, in evaluation mode, and its metadata.
 
     The metadata: "model" the arguments, "mean" and "std" of the images it expects, "classes", "test_accuracy", "step".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or holds something else.
     """
-    with safe_open(path, framework="pt") as file:
-        metadata = {name: json.loads(text) for name, text in file.metadata().items()}
+    try:
+        file: Any = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read, it may be truncated: {error}") from error
+    with file:
+        metadata = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+        if "model" not in metadata:
+            raise ValueError(f"{path} holds no weights of this script: its metadata lack the model's arguments")
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
     model = models.ConViT(**metadata["model"])
     model.load_state_dict(state)
