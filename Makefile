@@ -35,8 +35,8 @@ bench: $(VENV)/built
 results: $(VENV)/built
 	results=$$($(BIN)/python benchmarks/results_path.py) && \
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=$$results $(ARGS) && \
-	$(BIN)/python -m pytest benchmarks --benchmark-only --sweep --contenders cpu,triton,sdpa \
-		-k attention-convit_small- --benchmark-json=$${results%.json}-growth.json && \
+	$(BIN)/python -m pytest benchmarks --benchmark-only --sweep --contenders eager,cpu,triton,sdpa \
+		-k attention-convit_small-forward --benchmark-json=$${results%.json}-growth.json && \
 	$(BIN)/python benchmarks/readme.py $$results && \
 	$(BIN)/python benchmarks/against_deit.py --out $${results%.json}-models.json
 

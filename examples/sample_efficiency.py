@@ -16,7 +16,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -54,6 +54,8 @@ PAPER_TABLE_2 = {0.05: (34.8, 47.8), 0.1: (48.0, 59.6), 0.3: (66.1, 73.7), 0.5: 
 PAPER_TABLE_3 = {"a": 59.7, "b": 57.4, "c": 56.9, "d": 54.6, "e": 47.8, "f": 54.3, "g": 44.8}
 
 RESULT = "result.json"
+RESULTS, TABLES = "results.csv", "tables.md"
+MEASURED = ("test_accuracy", "test_loss", "seconds")  # of a run, in RESULTS
 console = Console(stderr=True)
 
 
@@ -267,23 +269,29 @@ def figure(found: Accuracies) -> Figure:
 
 def write_results(study: Study, results: Mapping[Run, Mapping[str, Any]], config: train.Config, output: Path) -> str:
     """results.csv, tables.md, figure.svg and figure.png; returns the tables."""
-    columns = ("row", "ratio", "seed", "test_accuracy", "test_loss", "seconds")
-    lines: Iterable[Sequence[Any]] = (
-        (run.row, run.ratio, run.seed, *(result[name] for name in columns[3:])) for run, result in results.items()
-    )
+    lines = [[*dataclasses.astuple(run), *(result[name] for name in MEASURED)] for run, result in results.items()]
 
     def write_csv(temporary: Path) -> None:
         with temporary.open("w", newline="") as file:
-            csv.writer(file).writerows([columns, *lines])
+            csv.writer(file).writerows([[*(field.name for field in dataclasses.fields(Run)), *MEASURED], *lines])
 
-    train.write_atomically(output / "results.csv", write_csv)
+    train.write_atomically(output / RESULTS, write_csv)
     text = report(study, results, config)
-    train.write_atomically(output / "tables.md", lambda temporary: temporary.write_text(text))
+    train.write_atomically(output / TABLES, lambda temporary: temporary.write_text(text))
     with mpl.rc_context(style(PRINT)):
         drawing = figure(accuracies(results))
         drawing.savefig(output / "figure.svg", metadata={"Date": None})
         drawing.savefig(output / "figure.png", dpi=150)
     return text
+
+
+def read_results(path: Path) -> dict[Run, dict[str, float]]:
+    """What `write_results` wrote into results.csv."""
+    with path.open(newline="") as file:
+        return {
+            Run(line["row"], float(line["ratio"]), int(line["seed"])): {name: float(line[name]) for name in MEASURED}
+            for line in csv.DictReader(file)
+        }
 
 
 app = Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -314,7 +322,7 @@ def main(
     results = run_all(configs, jobs)
     text = write_results(study, results, next(iter(configs.values())), output)
     console.print(Markdown(text))
-    console.print(f"results.csv, tables.md and figure.svg in {output}", highlight=False)
+    console.print(f"{RESULTS}, {TABLES} and figure.svg in {output}", highlight=False)
 
 
 if __name__ == "__main__":

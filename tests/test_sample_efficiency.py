@@ -19,6 +19,7 @@ def idx_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 RUN = study.Run("a", 0.1, 0)
+DOCS = Path(__file__).parent.parent / "docs" / "sample_efficiency"
 
 
 def results(seeds: int = 3) -> dict[study.Run, dict[str, Any]]:
@@ -62,8 +63,15 @@ def test_files_are_written(idx_data: Path, tmp_path: Path) -> None:
     config = study.run_config(RUN, study.Study(), idx_data, tmp_path)
     text = study.write_results(study.Study(), results(), config, tmp_path)
     assert (tmp_path / "tables.md").read_text() == text
-    assert len((tmp_path / "results.csv").read_text().splitlines()) == 1 + len(results())
+    assert study.read_results(tmp_path / study.RESULTS) == results()
     assert (tmp_path / "figure.svg").stat().st_size > 0 and (tmp_path / "figure.png").stat().st_size > 0
+
+
+def test_the_committed_tables_are_what_the_committed_results_make(idx_data: Path) -> None:
+    found = study.read_results(DOCS / study.RESULTS)
+    assert set(found) == set(study.runs(study.Study()))
+    config = study.run_config(RUN, study.Study(), idx_data, Path("out"))
+    assert (DOCS / study.TABLES).read_text() == study.report(study.Study(), found, config)
 
 
 def test_a_finished_run_is_not_repeated(idx_data: Path, tmp_path: Path) -> None:
