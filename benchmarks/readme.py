@@ -13,7 +13,7 @@ from tasks import SWEEP_MODEL, SWEEP_SIDES_BATCH
 
 from convit_kernels.bench.contenders import ARCHITECTURES, EAGER, FLOOR, PARTS, label
 from convit_kernels.bench.measure import milliseconds
-from convit_kernels.bench.report import Results, Row, by_group, describe, load, place, write_figures
+from convit_kernels.bench.report import FIGURES, Results, Row, by_group, describe, load, place, write_figures
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -85,8 +85,8 @@ def _growth(results: Results, source: str) -> list[str]:
     lost = {entry.group for entry in results.not_measured if entry.contender == EAGER}
     figures = Path(source).with_suffix("")
     lines = [
-        f"**Growth with the image**: {ARCHITECTURES[SWEEP_MODEL].title}, batch {SWEEP_SIDES_BATCH}, measured on",
-        f"{describe(results.machine)}; [all of it]({source}).",
+        f"**Growth with the image**: {ARCHITECTURES[SWEEP_MODEL].title}, batch {SWEEP_SIDES_BATCH},",
+        f"measured on {describe(results.machine)}; [all of it]({source}).",
         "",
         "| | tokens | eager, ms | ours, ms | eager, peak MB | ours, peak MB |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -154,11 +154,11 @@ def main(arguments: list[str]) -> None:
     path = Path(arguments[0]).resolve() if arguments else ROOT / found["source"]
     results = load(path)
     source = path.relative_to(ROOT).as_posix()
-    write_figures(results, path.with_suffix(""), formats=("svg",))
+    write_figures(results, path.with_suffix(""), ("svg",), FIGURES[:1])
     growth = None
     if (swept := growth_file(path)).is_file():
         growth = load(swept)
-        write_figures(growth, swept.with_suffix(""), formats=("svg",))
+        write_figures(growth, swept.with_suffix(""), ("svg",), FIGURES[1:])
     README.write_text(text[: found.start()] + section(results, source, growth) + text[found.end() :])
 
 

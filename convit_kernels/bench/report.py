@@ -307,8 +307,13 @@ def comparison(new: Results, old: Results) -> list[Table | str]:
     return [table if table.row_count else "No contender became slower or faster.", summary, machines]
 
 
-def write_figures(results: Results, directory: Path, formats: Sequence[str] = ("svg", "png")) -> list[Path]:
-    """Writes each figure that the results have data for; returns the files.
+FIGURES = ("speed-up", "growth-tokens", "growth-batch")
+
+
+def write_figures(
+    results: Results, directory: Path, formats: Sequence[str] = ("svg", "png"), names: Sequence[str] = FIGURES
+) -> list[Path]:
+    """Writes each of these figures that the results have data for; returns the files.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -316,14 +321,14 @@ def write_figures(results: Results, directory: Path, formats: Sequence[str] = ("
     from . import plots
 
     directory.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, Callable[[], Any]] = {
+    draw: dict[str, Callable[[], Any]] = {
         "speed-up": lambda: plots.speed_up(results.rows, describe(results.machine)),
         "growth-tokens": lambda: plots.growth(results.rows, results.not_measured, "tokens"),
         "growth-batch": lambda: plots.growth(results.rows, results.not_measured, "batch"),
     }
     written = []
-    for name, draw in figures.items():
-        figure = draw()
+    for name in names:
+        figure = draw[name]()
         if figure is None:
             continue
         for suffix in formats:
