@@ -4,7 +4,7 @@
     python examples/sample_efficiency.py --output runs/sample_efficiency
 
 In the form of Tables 2 and 3 of the paper (d'Ascoli et al., 2021, arXiv 2103.10697), at a small scale: Fashion-MNIST
-for ImageNet, a model of 40 thousand parameters, 6000 steps of 16 images. Every run has the same number of steps,
+for ImageNet, a model of 40 thousand parameters, 4000 steps of 16 images. Every run has the same number of steps,
 whatever its share of the images, as in the paper. Twins of a seed see the same images in the same order.
 
 A run that has ended is not repeated, one that was killed goes on from its last checkpoint.
@@ -65,7 +65,7 @@ class Study:
 
     ratios: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
     seeds: int = 3
-    steps: int = 6000
+    steps: int = 4000
 
 
 QUICK = Study(ratios=(0.01, 0.1, 1.0), seeds=1, steps=1500)
