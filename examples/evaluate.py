@@ -114,25 +114,44 @@ def compare(
     )
 
 
-def evaluation_table(found: Evaluation, title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+def test_images(data: Path, arguments: Mapping[str, Any], device: str) -> datasets.Split:
+    """The test split that a model with these arguments can take.
+
+    Raises:
+        FileNotFoundError: there is no data.
+        ValueError: it is damaged, or its images or classes are not the model's.
+    """
+    size = arguments["img_size"][0] if datasets.kind_of(data) == "folder" else None
+    loaded = train.load_data(train.resolve(train.Config(data=data, device=device, img_size=size)))
+    given = {"img_size": list(loaded.img_size), "in_chans": loaded.in_chans, "num_classes": len(loaded.classes)}
+    wrong = [f"{name} {value}, not {arguments[name]}" for name, value in given.items() if value != arguments[name]]
+    if wrong:
+        raise ValueError(f"{data} does not fit the model: it has {', '.join(wrong)}")
+    return loaded.test
+
+
+def evaluation_table(found: Evaluation) -> Table:
+    table = Table(box=SIMPLE, pad_edge=False)
     table.add_column("", no_wrap=True)
     for heading in ("accuracy", "images/s", "times faster"):
         table.add_column(heading, justify="right", no_wrap=True)
     slowest = next(iter(found.images_per_second.values()))
     for name, rate in found.images_per_second.items():
         table.add_row(name, f"{found.accuracy[name]:.2%}", f"{rate:.0f}", f"{rate / slowest:.2f}")
-    verdict = "[green]ok[/green]" if found.passed else "[red]FAIL[/red]"
-    table.caption = (
-        f"{found.images} test images; {found.differing_predictions} predicted differently. Largest difference of "
-        f"logits {found.largest_difference:.1e}, allowed {2 * found.eager_error:.1e} (twice eager's error against "
-        f"float64; {found.checked_images} images): {verdict}"
-    )
     return table
 
 
+def verdict(found: Evaluation) -> str:
+    """Whether both agree, for a reader."""
+    return (
+        f"{found.images} test images, {found.differing_predictions} of them predicted differently. Logits differ by at "
+        f"most {found.largest_difference:.1e}, allowed are {2 * found.eager_error:.1e}, twice eager's error against "
+        f"float64 ({found.checked_images} images): {'ok' if found.passed else 'FAIL'}"
+    )
+
+
 def locality_table(layers: Sequence[locality.LayerLocality]) -> Table:
-    table = Table(title="How local it has stayed", title_justify="left", box=SIMPLE, pad_edge=False)
+    table = Table(box=SIMPLE, pad_edge=False)
     table.add_column("layer", no_wrap=True)
     for heading in ("non-locality", "of content", "of position"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -142,7 +161,6 @@ def locality_table(layers: Sequence[locality.LayerLocality]) -> Table:
         cells = ["" if part is None else f"{part.mean():.2f}" for part in parts]
         gates = "plain attention" if layer.gate is None else " ".join(f"{gate:.2f}" for gate in layer.gate.tolist())
         table.add_row(layer.name, *cells, gates)
-    table.caption = f"Non-locality in patches, the mean over heads and {LOCALITY_IMAGES} test images (equation 8)."
     return table
 
 
@@ -173,7 +191,7 @@ def main(
     except (FileNotFoundError, ValueError) as error:
         raise stop(error) from error
     try:
-        test = train.load_data(train.resolve(train.Config(data=data, device=device))).test
+        test = test_images(data, metadata["model"], device)
     except FileNotFoundError as error:
         if not skip_without_data:
             raise stop(error) from error
@@ -192,8 +210,13 @@ def main(
 
     parameters = sum(parameter.numel() for parameter in fused.parameters())
     size = weights.stat().st_size / 1e6
-    title = f"{weights}: {parameters} parameters, {size:.2f} MB, float32, {device}, batch {batch}"
-    console.print(evaluation_table(found, title), locality_table(layers), sep="\n")
+    console.print(
+        f"{weights}: {parameters} parameters, {size:.2f} MB, float32, {device}, batch {batch}", soft_wrap=True
+    )
+    console.print(evaluation_table(found), verdict(found), "", locality_table(layers), sep="\n")
+    console.print(
+        f"Non-locality: patches between query and key, mean over heads and {len(images)} images (equation 8)."
+    )
     if json_file is not None:
         content = {"machine": machine(), "weights": str(weights), "batch": batch} | found._asdict()
         json_file.write_text(json.dumps(content, indent=2) + "\n")

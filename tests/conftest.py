@@ -9,8 +9,8 @@ import torch
 # Triton's interpreter is chosen for a whole process: those tests have one of their own.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
-# The order of torch's sums follows the number of threads, and with it the one draw of eager's rounding that ours is held
-# to: with as many threads everywhere, a suite that passes here passes on other machines.
+# The order of torch's sums follows the number of threads, and with it the one draw of eager's rounding that ours is
+# held to: with as many threads everywhere, a suite that passes here passes on other machines.
 torch.set_num_threads(2)
 
 

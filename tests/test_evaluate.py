@@ -91,6 +91,8 @@ def test_bad_input(trained: tuple[Path, float], idx_data: Path, tmp_path: Path) 
     assert code == 2 and "apt-get install dataset-fashion-mnist" in output
     code, output = run("--weights", trained[0], "--data", nothing, "--skip-without-data")
     assert code == 0 and "apt-get install dataset-fashion-mnist" in output
+    code, output = run("--weights", BOX, "--data", idx_data)
+    assert code == 2 and "img_size [12, 12], not [28, 28]" in output
     code, output = run("--weights", nothing, "--data", nothing, "--skip-without-data")
     assert code == 2 and "No such file" in output
 
