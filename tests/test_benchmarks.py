@@ -134,6 +134,15 @@ class TestGate:
         require_right(judged)
         assert all(0 < accuracy.error <= accuracy.allowed < 1e-3 for accuracy in judged.values())
 
+    def test_the_compiler_has_twice_the_margin_and_is_held_to_it(self):
+        task = Task("attention", "convit_tiny", 1, side=5)
+        right, broken = build(task, EAGER), build(task, EAGER)
+        broken = broken._replace(forward=lambda: right.forward() * 1.001)
+        judged = judge(task, {EAGER: right, COMPILED: broken})
+        assert judged[EAGER].allowed < judged[COMPILED].allowed < 2 * judged[EAGER].allowed
+        with pytest.raises(WrongResultsError, match=r"torch\.compile: out: error"):
+            require_right(judged)
+
     @pytest.mark.parametrize("result", ["d q", "d v", "d parameters"])
     def test_an_error_in_one_gradient_is_named(self, result):
         task = Task("attention", "convit_tiny", 1, side=5, backward=True)
