@@ -106,6 +106,7 @@ class TestTheModelInTheBox:
             last = list(csv.DictReader(file))[-1]
         assert float(last["test_accuracy"]) == pytest.approx(metadata["test_accuracy"])
         assert int(last["step"]) == metadata["step"]
+        assert f"{100 * metadata['test_accuracy']:.2f} %" in (BOX.parent / "README.md").read_text()
 
     def test_is_as_accurate_as_it_says(self) -> None:
         if not (datasets.FASHION_MNIST / datasets.IDX_FILES["test"][0]).is_file():
