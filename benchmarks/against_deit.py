@@ -11,7 +11,6 @@ every linear layer once: the fastest way that was found to run a whole model on 
 import argparse
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,17 @@ import timm
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from sections import ROOT, Section
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from convit_kernels.bench.contenders import ARCHITECTURES, CLASSES, convit
+from convit_kernels.bench.contenders import ARCHITECTURES, CLASSES, MODES, convit
 from convit_kernels.bench.machine import machine
 from convit_kernels.bench.measure import interleaved, milliseconds, spread
 from convit_kernels.bench.report import describe
 from convit_kernels.replace import replace_gpsa
 
-ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-BEGIN, END = "<!-- models: begin ({source}), written by make results -->", "<!-- models: end -->"
-SECTION = re.compile(r"<!-- models: begin \((?P<source>[^)]*)\).*?<!-- models: end -->", re.DOTALL)
+SECTION = Section("models")
 
 SIZES = {
     "convit_tiny": ("deit_tiny_patch16_224", 8),
@@ -137,7 +134,7 @@ def measure(rounds: int) -> dict[str, Any]:
 def section(results: dict[str, Any], source: str) -> str:
     """The README's table, markers included."""
     lines = [
-        BEGIN.format(source=source),
+        SECTION.begin.format(source=source),
         f"Measured on {describe(results['machine'])}, float32, 224 x 224 pixels; [all of it]({source}). Medians of",
         "interleaved runs. In brackets the part of the time that is left in attention.",
         "",
@@ -155,7 +152,7 @@ def section(results: dict[str, Any], source: str) -> str:
                 row = rows.get(name)
                 share = f" ({row['attention']:.0%})" if row and row["attention"] is not None else ""
                 cells.append(f"{milliseconds(spread(row['seconds']).p50)} ms{share}" if row else "")
-            mode = "forward + backward" if backward else "forward"
+            mode = MODES[backward]
             lines.append(
                 f"| {ARCHITECTURES[size].title}, {mode} | {rows[EAGER]['batch']} | " + " | ".join(cells) + " |"
             )
@@ -167,7 +164,7 @@ def section(results: dict[str, Any], source: str) -> str:
         "The replaced model's time over DeiT's, scaled by the parameters (below 1 is faster): "
         + ", ".join(verdicts)
         + ".",
-        END,
+        SECTION.end,
     ]
     return "\n".join(lines)
 
@@ -177,16 +174,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="measure, and write the results here")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    text = README.read_text()
-    found = SECTION.search(text)
-    if found is None:
-        sys.exit(f"{README} has no section of whole models: put '{BEGIN}' and '{END}' where it belongs")
-    path = options.out.resolve() if options.out else ROOT / found["source"]
+    named = SECTION.source()
+    path = options.out.resolve() if options.out else named
     if options.out:
         results = measure(options.rounds)
         path.write_text(json.dumps(results, indent=1) + "\n")
     source = path.relative_to(ROOT).as_posix()
-    README.write_text(text[: found.start()] + section(json.loads(path.read_text()), source) + text[found.end() :])
+    SECTION.write(section(json.loads(path.read_text()), source))
 
 
 if __name__ == "__main__":

@@ -5,20 +5,17 @@ python benchmarks/readme.py [RESULTS.json]          default: the file that the s
 A sweep's results beside it, RESULTS-growth.json, give the part on growth.
 """
 
-import re
 import sys
 from pathlib import Path
 
+from sections import ROOT, Section
 from tasks import SWEEP_MODEL, SWEEP_SIDES_BATCH
 
-from convit_kernels.bench.contenders import ARCHITECTURES, EAGER, FLOOR, PARTS, label
+from convit_kernels.bench.contenders import ARCHITECTURES, EAGER, FLOOR, MODES, PARTS, label
 from convit_kernels.bench.measure import milliseconds
 from convit_kernels.bench.report import FIGURES, Results, Row, by_group, describe, load, place, write_figures
 
-ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-BEGIN, END = "<!-- performance: begin ({source}), written by make results -->", "<!-- performance: end -->"
-SECTION = re.compile(r"<!-- performance: begin \((?P<source>[^)]*)\).*?<!-- performance: end -->", re.DOTALL)
+SECTION = Section("performance")
 
 
 def _cells(row: Row) -> list[str]:
@@ -55,8 +52,7 @@ def _summary(results: Results) -> list[str]:
             rows = [best.get((part, backward, model)) for model in models]
             if any(rows):
                 cells = [f"{row.ratio:.2f}" if row else "" for row in rows]
-                mode = "forward + backward" if backward else "forward"
-                lines.append(f"| {title}, {mode} | " + " | ".join(cells) + " |")
+                lines.append(f"| {title}, {MODES[backward]} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -100,8 +96,7 @@ def _growth(results: Results, source: str) -> list[str]:
         cells = [str(ours.tokens)]
         cells += ["out of memory" if row is None else milliseconds(row.time.p50) for row in (eager, ours)]
         cells += ["" if row is None else f"{row.peak_memory / 1e6:.1f}" for row in (eager, ours)]
-        mode = "forward + backward" if ours.backward else "forward"
-        lines.append(f"| {PARTS[ours.part]}, {mode} | " + " | ".join(cells) + " |")
+        lines.append(f"| {PARTS[ours.part]}, {MODES[ours.backward]} | " + " | ".join(cells) + " |")
     lines += [
         "",
         f"![Time and memory against the number of tokens, with fitted exponents]({figures / 'growth-tokens.svg'})",
@@ -118,7 +113,7 @@ def section(results: Results, source: str, growth: Results | None = None) -> str
     measured_gpu = any(row.device.startswith("cuda") for row in results.rows)
     reasons = {entry.reason for entry in results.not_measured}
     lines = [
-        BEGIN.format(source=source),
+        SECTION.begin.format(source=source),
         f"Measured on {describe(results.machine)}; [all of it]({source}), {len(results.rows)} rows. Times faster than",
         "eager timm: medians over pairs of neighbouring runs, our fastest backend, 14x14 patches. A group is timed",
         "only when all of its results are right: an error against float64 of at most twice eager's, plus a few",
@@ -142,16 +137,13 @@ def section(results: Results, source: str, growth: Results | None = None) -> str
     if not measured_gpu:
         lines.append("**Not measured: any GPU.** None was at hand; nothing here says how fast the Triton kernels are.")
     lines += [f"Not measured either: {reason}." for reason in sorted(reasons)]
-    lines += ["", "<details><summary>Every row</summary>", "", *_details(results), "</details>", "", END]
+    lines += ["", "<details><summary>Every row</summary>", "", *_details(results), "</details>", "", SECTION.end]
     return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> None:
-    text = README.read_text()
-    found = SECTION.search(text)
-    if found is None:
-        sys.exit(f"{README} has no performance section: put '{BEGIN}' and '{END}' where it belongs")
-    path = Path(arguments[0]).resolve() if arguments else ROOT / found["source"]
+    named = SECTION.source()
+    path = Path(arguments[0]).resolve() if arguments else named
     results = load(path)
     source = path.relative_to(ROOT).as_posix()
     write_figures(results, path.with_suffix(""), ("svg",), FIGURES[:1])
@@ -159,7 +151,7 @@ def main(arguments: list[str]) -> None:
     if (swept := growth_file(path)).is_file():
         growth = load(swept)
         write_figures(growth, swept.with_suffix(""), ("svg",), FIGURES[1:])
-    README.write_text(text[: found.start()] + section(results, source, growth) + text[found.end() :])
+    SECTION.write(section(results, source, growth))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ ARCHITECTURES = {
 }
 DEPTH, GPSA_BLOCKS, PATCH, CLASSES = 12, 10, 16, 1000
 PARTS = {"attention": "attention", "layer": "GPSA layer", "model": "whole model"}
+MODES = {False: "forward", True: "forward + backward"}  # by Task.backward
 
 EAGER, COMPILED, FLOOR = "eager", "compile", "sdpa"
 LABELS = {EAGER: "timm, eager", COMPILED: "timm, torch.compile", FLOOR: "SDPA, content only", "auto": "ours, automatic"}
@@ -58,7 +59,7 @@ class Task(NamedTuple):
         return self.side * self.side
 
     def __str__(self) -> str:
-        mode = "forward + backward" if self.backward else "forward"
+        mode = MODES[self.backward]
         grid = f"{self.side}x{self.side} patches"
         title = ARCHITECTURES[self.model].title
         return f"{PARTS[self.part]}, {title}, {mode}, batch {self.batch}, {grid}, {str(self.dtype)[6:]}, {self.device}"

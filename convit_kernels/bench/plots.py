@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator
 
-from .contenders import ARCHITECTURES, COMPILED, EAGER, FLOOR, PARTS, label
+from .contenders import ARCHITECTURES, COMPILED, EAGER, FLOOR, MODES, PARTS, label
 
 if TYPE_CHECKING:
     from .profile import Profile
@@ -123,7 +123,7 @@ def speed_up(rows: Sequence["Row"], caption: str) -> Figure | None:
                     ax.bar(xs, ratios, width, color=colour(name), label=label(name))
             ax.axhline(1, color=colour(EAGER), linewidth=1.5)
             ax.set_xticks(range(len(models)), [ARCHITECTURES[model].title.removeprefix("ConViT-") for model in models])
-            ax.set_title(f"{PARTS[part]}, {'forward + backward' if backward else 'forward'}")
+            ax.set_title(f"{PARTS[part]}, {MODES[backward]}")
             ax.set_ylabel("times faster than eager")
             ax.grid(axis="x", visible=False)
         handles = {text: handle for ax in axes for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)}
@@ -167,7 +167,7 @@ def growth(rows: Sequence["Row"], not_measured: Sequence["NotMeasured"], axis: s
     with mpl.rc_context(style(PRINT)):
         made, axes = figure(10.4, 3.1 * len(series) + 0.6, len(series), 2)
         for line, ((part, backward, model, fixed), found) in enumerate(series.items()):
-            title = f"{PARTS[part]}, {ARCHITECTURES[model].title}, {'forward + backward' if backward else 'forward'}"
+            title = f"{PARTS[part]}, {ARCHITECTURES[model].title}, {MODES[backward]}"
             title += f", {other} {fixed}"
             groups = {row.group for row in found}
             lost_any = any(group in groups for group, _ in ended)
