@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -14,7 +14,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from ..attention import backends
-from .contenders import COMPILED, EAGER, FLOOR, PARTS, label
+from .contenders import COMPILED, EAGER, FLOOR, MODES, PARTS, label
 from .measure import Spread, milliseconds, spread
 
 # below it a change is not called one, however quiet the machine: builds and heaps differ by as much
@@ -205,36 +205,35 @@ def _standard_error(values: Sequence[float]) -> float:
     return math.sqrt(math.pi / 2 / len(values)) * deviation
 
 
-def _pace(rows: Iterable[Row]) -> dict[str, float]:
-    """The logarithm of eager's time by group, of all that it was measured beside."""
-    medians = {
+def _eager_medians(rows: Iterable[Row]) -> dict[str, list[float]]:
+    """The logarithms of eager's medians by group, one of each row that it was measured beside."""
+    return {
         group: [math.log(spread(row.eager_seconds).p50) for row in members if row.eager_seconds]
         for group, members in by_group(rows).items()
     }
-    return {group: statistics.median(values) for group, values in medians.items() if values}
 
 
-def _noise_of_run(rows: Iterable[Row]) -> float:
-    """What a run says of itself: one standard deviation of the logarithm of a row's median time.
+def _noise_of_run(eager: Mapping[str, Sequence[float]]) -> float:
+    """What a run's eager medians say of it: one standard deviation of the logarithm of a row's median time.
 
     Eager is measured again beside every row of a group, minutes apart, and on a machine of its own its medians would be
     equal. They show what the spread within a row does not: a neighbour's burst, a clock or a layout of memory that last
     as long as a row.
     """
-    differences = []
-    for members in by_group(rows).values():
-        medians = [math.log(spread(row.eager_seconds).p50) for row in members if row.eager_seconds]
-        differences += [abs(after - before) for before, after in pairwise(medians)]
+    differences = [abs(after - before) for medians in eager.values() for before, after in pairwise(medians)]
     return 1.4826 * statistics.median(differences) / math.sqrt(2) if differences else 0.0
 
 
-def _change_of_row(row: Row, before: Row, pace: float | None) -> tuple[float, float]:
-    """The logarithm of a row's change, and the error of its two medians; `pace`: that of eager's in the whole group."""
+def _change_of_row(
+    row: Row, before: Row, eager: Mapping[str, Sequence[float]], old_eager: Mapping[str, Sequence[float]]
+) -> tuple[float, float]:
+    """The logarithm of a row's change, and the error of its two medians; `eager`: both runs' medians."""
     plain = math.log(row.time.p50 / before.time.p50)
-    if not (row.eager_seconds and before.eager_seconds) or pace is None:
+    if not (row.eager_seconds and before.eager_seconds):
         logs = [[math.log(value) for value in each.seconds] for each in (row, before)]
         return plain, math.hypot(*map(_standard_error, logs))
     logs = [[-math.log(ratio) for ratio in each.ratios] for each in (row, before)]
+    pace = statistics.median(eager[row.group]) - statistics.median(old_eager[row.group])
     paired, by_pace = spread(logs[0]).p50 - spread(logs[1]).p50, plain - pace
     change = min(paired, by_pace, key=abs) if paired * by_pace > 0 else 0.0
     return change, math.hypot(*map(_standard_error, logs))
@@ -253,19 +252,18 @@ def compare(new: Sequence[Row], old: Sequence[Row]) -> list[Change]:
     standard deviations are enough.
     """
     older = {(row.group, row.contender): row for row in old}
-    runs = math.hypot(_noise_of_run(new), _noise_of_run(old))
-    paces, old_paces = _pace(new), _pace(old)
+    eager, old_eager = _eager_medians(new), _eager_medians(old)
+    runs = math.hypot(_noise_of_run(eager), _noise_of_run(old_eager))
     changes: list[Change] = []
     kinds: dict[tuple[str, str], list[float]] = {}
     for row in new:
         before = older.get((row.group, row.contender))
         if before is None or row.contender == EAGER:
             continue
-        known = row.group in paces and row.group in old_paces
-        change, error = _change_of_row(row, before, paces[row.group] - old_paces[row.group] if known else None)
+        change, error = _change_of_row(row, before, eager, old_eager)
         noise = DEVIATIONS_OF_A_ROW * math.hypot(error, runs)
         changes.append(Change.judged(row.group, row.contender, change, noise))
-        kind = f"{PARTS[row.part]}, {'forward + backward' if row.backward else 'forward'}"
+        kind = f"{PARTS[row.part]}, {MODES[row.backward]}"
         kinds.setdefault((kind, row.contender), []).append(change)
     for (kind, contender), values in kinds.items():
         if len(values) >= FEWEST_OF_A_KIND:
