@@ -167,11 +167,6 @@ def locality_table(layers: Sequence[locality.LayerLocality]) -> Table:
 app = Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def stop(error: Exception) -> Exit:
-    console.print(f"error: {error}", style="red", markup=False, soft_wrap=True, highlight=False)
-    return Exit(2)
-
-
 @app.command(help="Accuracy and speed of a trained model, with timm's eager layers and with the fused ones.")
 def main(
     weights: Annotated[Path, Option(help="weights.safetensors of examples/train.py.")] = IN_THE_BOX,
@@ -189,16 +184,16 @@ def main(
         fused, metadata = train.load_weights(weights)
         twin = timm_twin(metadata["model"], fused.state_dict())
     except (FileNotFoundError, ValueError) as error:
-        raise stop(error) from error
+        raise train.refusal(error, console) from error
     try:
         test = test_images(data, metadata["model"], device)
     except FileNotFoundError as error:
         if not skip_without_data:
-            raise stop(error) from error
+            raise train.refusal(error, console) from error
         console.print(f"The trained model was not tried: {error}", style="yellow", markup=False, soft_wrap=True)
         return
     except ValueError as error:
-        raise stop(error) from error
+        raise train.refusal(error, console) from error
     models = {"timm, eager": twin.to(device), "fused": fused.to(device)}
     columns = (TextColumn("testing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:

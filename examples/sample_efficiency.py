@@ -32,7 +32,7 @@ from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from typer import Exit, Option, Typer
+from typer import Option, Typer
 
 from convit_kernels import models
 from convit_kernels.bench.plots import PRINT, style
@@ -317,8 +317,7 @@ def main(
             train.resolve(config)
             finished(config)
     except (FileNotFoundError, ValueError) as error:
-        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True, highlight=False)
-        raise Exit(2) from error
+        raise train.refusal(error) from error
     results = run_all(configs, jobs)
     text = write_results(study, results, next(iter(configs.values())), output)
     console.print(Markdown(text))

@@ -364,6 +364,12 @@ def set_init_gain(model: nn.Module, gain: float) -> None:
             module.weight.mul_(gain / (0.02 * math.sqrt(module.in_features)))
 
 
+def refusal(error: Exception, to: Console = console) -> Exit:
+    """Tells what is wrong with a user's input, and ends the program where it is raised."""
+    to.print(f"error: {error}", style="red", markup=False, soft_wrap=True, highlight=False)
+    return Exit(2)
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """The file as it was or as it shall be, whenever the process or the machine stops."""
     temporary = path.with_name(path.name + ".tmp")
@@ -763,8 +769,7 @@ def main(**options: Any) -> None:
         try:
             trainer = Trainer(config, group)
         except (FileNotFoundError, ValueError) as error:
-            console.print(f"error: {error}", style="red", markup=False, soft_wrap=True, highlight=False)
-            raise Exit(2) from error
+            raise refusal(error) from error
         found = trainer.train()
         if group.first:
             accuracy = f"test accuracy {found['test_accuracy']:.2%}"

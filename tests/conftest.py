@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,3 +27,11 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def idx_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of Fashion-MNIST's files with a data set that a tiny model learns in seconds."""
+    from tiny_images import write_all  # needs the examples' libraries, which not every environment has
+
+    return write_all(tmp_path_factory.mktemp("idx"))

@@ -11,17 +11,12 @@ import pytest
 import torch
 import train
 from timm.models.convit import ConVit
-from tiny_images import TEST, write_all
+from tiny_images import TEST
 from typer.testing import CliRunner
 
 from convit_kernels import models
 
 BOX = evaluate.IN_THE_BOX
-
-
-@pytest.fixture(scope="session")
-def idx_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_all(tmp_path_factory.mktemp("idx"))
 
 
 CONFIG = train.Config(

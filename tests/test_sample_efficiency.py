@@ -9,14 +9,7 @@ from typing import Any
 import pytest
 import sample_efficiency as study
 import train
-from tiny_images import write_all
 from typer.testing import CliRunner
-
-
-@pytest.fixture(scope="session")
-def idx_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_all(tmp_path_factory.mktemp("idx"))
-
 
 RUN = study.Run("a", 0.1, 0)
 DOCS = Path(__file__).parent.parent / "docs" / "sample_efficiency"

@@ -20,16 +20,11 @@ import torch
 import train
 from PIL import Image
 from timm.utils import ModelEmaV3
-from tiny_images import SIZE, TEST, TRAIN, learnable_images, write_all, write_idx
+from tiny_images import SIZE, TEST, TRAIN, learnable_images, write_idx
 from torch import Tensor
 from typer.testing import CliRunner
 
 EXAMPLES = Path(train.__file__).parent
-
-
-@pytest.fixture(scope="session")
-def idx_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_all(tmp_path_factory.mktemp("idx"))
 
 
 @pytest.fixture(scope="session")
