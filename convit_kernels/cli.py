@@ -90,6 +90,7 @@ def selfcheck(
         environment = os.environ | {"TRITON_INTERPRET": "1"}
         raise typer.Exit(subprocess.run([sys.executable, "-m", __package__, *sys.argv[1:]], env=environment).returncode)
     from . import selfcheck as checks
+    from .equivalence import NAMES
 
     if interpreted:
         console.print(
@@ -107,11 +108,7 @@ def selfcheck(
     for heading in ("out", "dq", "dk", "dv", "d weight", "d gate", ""):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in results:
-        shares = (
-            [f"{min(row['shares'][name], 99):.2f}" for name in checks.NAMES]
-            if row["shares"]
-            else [""] * len(checks.NAMES)
-        )
+        shares = [f"{min(row['shares'][name], 99):.2f}" for name in NAMES] if row["shares"] else [""] * len(NAMES)
         table.add_row(row["case"], *shares, "[green]ok[/green]" if row["passed"] else "[red]FAIL[/red]")
     console.print(table)
     for row in results:

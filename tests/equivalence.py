@@ -1,16 +1,14 @@
-"""When two results count as equal: design after flash-attention's rule, which scales itself with dtype and size.
+"""Inputs of the attention in every layout, and results held to `convit_kernels.equivalence`."""
 
-Our error against float64 may be at most twice that of the eager reference layer in the same dtype, plus a floor for the
-rounding of the result itself.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-NAMES = ("out", "dq", "dk", "dv", "d_pos_weight", "d_gate")
+from convit_kernels import equivalence
+from convit_kernels.equivalence import NAMES, Expected, expected_attention
 
 
 class Inputs(NamedTuple):
@@ -53,52 +51,57 @@ def make_inputs(
     return exact.to(dtype)
 
 
+@cache
+def _problem(
+    seed: int,
+    scale: float | None,
+    forward_only: bool,
+    recomputed: bool,
+    draws: int,
+    options: tuple[tuple[str, object], ...],
+) -> tuple[Inputs, dict[str, Expected]]:
+    torch.manual_seed(seed)
+    inputs = make_inputs(**dict(options))
+    d_out = None if forward_only else inputs.grad
+    rule = expected_attention(
+        *inputs[:5], d_out, dict(options)["grid"], scale=scale, recomputed=recomputed, draws=draws
+    )
+    return inputs, rule
+
+
+def problem(
+    scale: float | None = None,
+    forward_only: bool = False,
+    recomputed: bool = False,
+    draws: int = equivalence.DRAWS,
+    **options,
+) -> tuple[Inputs, dict[str, Expected]]:
+    """`make_inputs(**options)` of the test's seed and what they must give: found once for all backends."""
+    return _problem(torch.initial_seed(), scale, forward_only, recomputed, draws, tuple(sorted(options.items())))
+
+
 def eager_attention(inputs: Inputs, grid: tuple[int, int], scale: float) -> Tensor:
-    """The attention part of the reference layer, operation by operation in the inputs' own dtype, batch-wide tables."""
-    q, k, v, pos_weight, gate, _ = inputs
-    height, width = grid
-    token = torch.arange(height * width)
-    dx = (token % width)[None, :] - (token % width)[:, None]
-    dy = (token // width)[None, :] - (token // width)[:, None]
-    features = torch.stack((dx, dy, dx**2 + dy**2), dim=-1).to(q.dtype).expand(q.shape[0], -1, -1, -1)
-    position = torch.nn.functional.linear(features, pos_weight).permute(0, 3, 1, 2).softmax(dim=-1)
-    content = ((q @ k.transpose(-2, -1)) * scale).softmax(dim=-1)
-    g = torch.sigmoid(gate).view(1, -1, 1, 1)
-    mixed = (1 - g) * content + g * position
-    return (mixed / mixed.sum(dim=-1, keepdim=True)) @ v
+    """The attention of the reference layer on a grid."""
+    return equivalence.eager_attention(*inputs[:5], equivalence.relative_indices(grid, inputs.q), scale)
 
 
-def with_gradients(function, inputs: Inputs) -> list[Tensor]:
+def with_gradients(function: Callable[[Inputs], Tensor], inputs: Inputs) -> list[Tensor]:
     """The output, then the gradients of q, k, v, pos_weight and gate."""
-    leaves = Inputs(*(tensor.detach().requires_grad_() for tensor in inputs[:5]), inputs.grad)
-    out = function(leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves[:5], inputs.grad)]
+    results = equivalence.with_gradients(
+        lambda *leaves: function(Inputs(*leaves, inputs.grad)), inputs[:5], inputs.grad
+    )
+    return list(results.values())
 
 
-def rounding_floor(exact: Tensor, dtype: torch.dtype) -> float:
-    reference = exact.to(dtype)
-    return 2 * ((reference + 0.3 - 0.3) - reference).abs().max().item() if reference.numel() else 0.0
+shares: dict[str, float] = {}  # the largest error of each result so far, as a part of what is allowed
 
 
-def assert_as_exact(
-    ours: Sequence[Tensor],
-    eager: Sequence[Tensor],
-    exact: Sequence[Tensor],
-    *,
-    cancelling: float = 0.0,
-    rounds: float = 0.0,
-) -> None:
-    """Holds each of our results to the rule above.
-
-    `cancelling` is the size of terms that add up to an exact zero, where eager's error is zero by luck: with one token
-    the softmax is constant and most gradients vanish. Rounding of those terms is then allowed for. `rounds` allows an
-    error of that many roundings of the result's largest value.
-    """
-    for name, mine, theirs, truth in zip(NAMES, ours, eager, exact, strict=False):
-        assert mine.shape == truth.shape, name
-        assert torch.isfinite(mine).all(), f"{name} is not finite"
-        error = (mine.double() - truth).abs().max().item()
-        allowed = 2 * (theirs.double() - truth).abs().max().item() + rounding_floor(truth, mine.dtype)
-        allowed += 2 * torch.finfo(mine.dtype).eps * cancelling
-        allowed += rounds * torch.finfo(mine.dtype).eps * truth.abs().max().item()
-        assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e} in {mine.dtype}"
+def assert_as_exact(found: Sequence[Tensor] | Mapping[str, Tensor], expected: Mapping[str, Expected]) -> None:
+    """Holds each result to the rule of `convit_kernels.equivalence`; a sequence is in the order of its NAMES."""
+    named = found if isinstance(found, Mapping) else dict(zip(NAMES, found, strict=False))
+    assert named.keys() <= expected.keys()
+    for name, result in named.items():
+        share, allowed = expected[name].share(result), expected[name].allowed
+        shares[name] = max(share, shares.get(name, 0.0))
+        assert result.shape == expected[name].exact.shape, name
+        assert share <= 1, f"{name}: error {expected[name].error(result):.3e}, allowed {allowed:.3e} in {result.dtype}"

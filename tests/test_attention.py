@@ -5,11 +5,12 @@ import re
 
 import pytest
 import torch
-from equivalence import Inputs, assert_as_exact, eager_attention, make_inputs, with_gradients
+from equivalence import Inputs, assert_as_exact, eager_attention, make_inputs, problem, with_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import convit_kernels as ck
+from convit_kernels.equivalence import expected_attention
 
 AVAILABLE = [backend.name for backend in ck.backends() if backend.available]
 EACH_BACKEND = pytest.mark.parametrize("backend", AVAILABLE)
@@ -20,23 +21,11 @@ def attend(inputs: Inputs, grid, backend=None, scale=None, **options) -> torch.T
     return ck.gpsa_attention(*inputs[:5], grid_size=grid, scale=scale, backend=backend, **options)
 
 
-def check(backend, grid, dtype, *, batch=4, heads=6, head_dim=24, logits=1.0, rounds=0.0, **options) -> None:
-    """Output and every gradient by the rule of twice the eager error."""
-    inputs = make_inputs(batch, heads, grid, head_dim, dtype, logits=logits, **options)
-    scale = head_dim**-0.5
-    exact = with_gradients(lambda i: eager_attention(i, grid, scale), inputs.to(torch.float64))
-    eager = with_gradients(lambda i: eager_attention(i, grid, scale), inputs)
-    if backend in ("composite", "cpu") and dtype == torch.float32:
-        # torch's own fused attention rounds its float32 gradients up to three times as much as eager does; the CPU
-        # kernels' average error is below eager's (tests/test_cpu_attention.py), a single largest one need not be
-        rounds += 4
-    cancelling = 0.0
-    if grid == (1, 1) or logits > 100:  # a constant softmax, and one so sharp that nothing moves it
-        factor = max(1.0, inputs.q.abs().max().item(), inputs.k.abs().max().item())
-        cancelling = (inputs.grad * inputs.v).abs().sum(-1).max().item() * factor * batch
-    assert_as_exact(
-        with_gradients(lambda i: attend(i, grid, backend), inputs), eager, exact, cancelling=cancelling, rounds=rounds
-    )
+def check(backend, grid, dtype=torch.float32, *, batch=2, heads=3, head_dim=24, **options) -> None:
+    """Output and every gradient by the rule of convit_kernels.equivalence."""
+    options |= {"batch": batch, "heads": heads, "grid": grid, "head_dim": head_dim, "dtype": dtype}
+    inputs, expected = problem(recomputed=backend == "composite", **options)
+    assert_as_exact(with_gradients(lambda i: attend(i, grid, backend), inputs), expected)
 
 
 @EACH_BACKEND
@@ -49,19 +38,19 @@ def test_output_and_gradients(backend, grid, dtype):
 @EACH_BACKEND
 @pytest.mark.parametrize("head_dim", [1, 8, 40, 48, 64, 80])
 def test_head_dims(backend, head_dim):
-    check(backend, (5, 6), torch.float32, head_dim=head_dim)
+    check(backend, (5, 6), head_dim=head_dim)
 
 
 @EACH_BACKEND
 @pytest.mark.parametrize("gate", [-40.0, 0.0, 40.0])
 def test_saturated_gates(backend, gate):
-    check(backend, (4, 6), torch.float32, gate=gate)
+    check(backend, (4, 6), gate=gate)
 
 
 @EACH_BACKEND
 def test_large_logits(backend):
     # A fused backward recomputes probabilities from logits near 1e4 and their log-sum-exp, each rounded once.
-    check(backend, (4, 6), torch.float32, logits=1e4, rounds=1e5)
+    check(backend, (4, 6), logits=1e4)
 
 
 @EACH_BACKEND
@@ -83,11 +72,8 @@ def test_gradcheck(backend):
 
 @EACH_BACKEND
 def test_4096_tokens(backend):
-    grid = (64, 64)
-    inputs = make_inputs(1, 1, grid, 8)
-    exact = eager_attention(inputs.to(torch.float64), grid, 8**-0.5)
-    eager = eager_attention(inputs, grid, 8**-0.5)
-    assert_as_exact([attend(inputs, grid, backend)], [eager], [exact])
+    inputs, expected = problem(batch=1, heads=1, grid=(64, 64), head_dim=8, forward_only=True, draws=1)
+    assert_as_exact([attend(inputs, (64, 64), backend)], expected)
 
 
 @settings(max_examples=30, deadline=None)
@@ -161,12 +147,10 @@ def test_mixed_precision_of_parameters(backend):
     """Under autocast q, k and v are bfloat16 and the positional parameters stay float32."""
     inputs = make_inputs(2, 3, (5, 6), 16)
     low = Inputs(*(t.bfloat16() for t in inputs[:3]), inputs.pos_weight, inputs.gate, inputs.grad.bfloat16())
-    exact = with_gradients(lambda i: eager_attention(i, (5, 6), 0.25), low.to(torch.float64))
-    eager = with_gradients(lambda i: eager_attention(i, (5, 6), 0.25), low.to(torch.bfloat16))
     ours = with_gradients(lambda i: attend(i, (5, 6), backend, scale=0.25), low)
     assert ours[0].dtype == torch.bfloat16
     assert ours[4].dtype == torch.float32
-    assert_as_exact(ours[:4], eager[:4], exact[:4])
+    assert_as_exact(ours, expected_attention(*low, (5, 6), scale=0.25))
 
 
 class TestDropout:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from equivalence import Inputs, assert_as_exact, eager_attention, make_inputs, with_gradients
+from equivalence import Inputs, assert_as_exact, eager_attention, make_inputs, problem, with_gradients
 
 import convit_kernels as ck
 from convit_kernels import extension, ops
@@ -32,20 +32,9 @@ def attend(inputs: Inputs, grid, scale=None) -> torch.Tensor:
 
 
 def check(grid, dtype=torch.float32, *, batch=2, heads=3, head_dim=24, scale=None, **options) -> None:
-    """Output and every gradient by the rule of twice the eager error."""
-    inputs = make_inputs(batch, heads, grid, head_dim, dtype, **options)
-    scale = head_dim**-0.5 if scale is None else scale
-    exact = with_gradients(lambda i: eager_attention(i, grid, scale), inputs.to(torch.float64))
-    eager = with_gradients(lambda i: eager_attention(i, grid, scale), inputs)
-    cancelling = 0.0
-    if grid == (1, 1):  # a constant softmax: the gradients are sums of terms that cancel
-        factor = max(1.0, inputs.q.abs().max().item(), inputs.k.abs().max().item())
-        cancelling = (inputs.grad * inputs.v).abs().sum(-1).max().item() * factor * batch
-    # on average our float32 errors are eager's, but each largest one may be on our side; see below for the averages
-    rounds = 4 if dtype == torch.float32 else 0
-    assert_as_exact(
-        with_gradients(lambda i: attend(i, grid, scale), inputs), eager, exact, cancelling=cancelling, rounds=rounds
-    )
+    """Output and every gradient by the rule of convit_kernels.equivalence."""
+    inputs, expected = problem(scale, batch=batch, heads=heads, grid=grid, head_dim=head_dim, dtype=dtype, **options)
+    assert_as_exact(with_gradients(lambda i: attend(i, grid, scale), inputs), expected)
 
 
 @pytest.mark.usefixtures("instruction_set")
@@ -91,13 +80,12 @@ class TestEquivalence:
     @pytest.mark.parametrize("scale", [0.4, -0.4])
     def test_many_tokens(self, dtype, scale):
         """So many that a block takes its keys in chunks, with a running maximum; the last chunk and block are odd."""
-        check((37, 45), dtype, batch=1, heads=2, head_dim=13, scale=scale)
+        check((37, 45), dtype, batch=1, heads=2, head_dim=13, scale=scale, draws=1)
 
     @pytest.mark.parametrize("grid", [(64, 64), (1, 2000), (2000, 1), (250, 8)])
     def test_many_tokens_on_any_grid(self, grid):
-        inputs = make_inputs(1, 1, grid, 8)
-        exact, eager = (eager_attention(i, grid, 0.4) for i in (inputs.to(torch.float64), inputs))
-        assert_as_exact([attend(inputs, grid, 0.4)], [eager], [exact], rounds=4)
+        inputs, expected = problem(0.4, batch=1, heads=1, grid=grid, head_dim=8, forward_only=True, draws=1)
+        assert_as_exact([attend(inputs, grid, 0.4)], expected)
 
     def test_many_tokens_in_float64(self):
         inputs = make_inputs(1, 1, (37, 45), 5, torch.float64)
@@ -120,13 +108,7 @@ class TestEquivalence:
 class TestExtremes:
     def test_logits_of_ten_thousand(self):
         """As sharp as a softmax gets: its exact result is nearly one key's value, and its gradients nearly vanish."""
-        grid = (5, 7)
-        inputs = make_inputs(2, 3, grid, 16, logits=1e4)
-        exact = with_gradients(lambda i: eager_attention(i, grid, 0.25), inputs.to(torch.float64))
-        eager = with_gradients(lambda i: eager_attention(i, grid, 0.25), inputs)
-        ours = with_gradients(lambda i: attend(i, grid, 0.25), inputs)
-        size = (inputs.grad * inputs.v).abs().sum(-1).max().item() * inputs.q.abs().max().item()
-        assert_as_exact(ours, eager, exact, rounds=4, cancelling=size)
+        check((5, 7), head_dim=16, scale=0.25, logits=1e4)
 
     @pytest.mark.parametrize("which", ["q", "k", "v"])
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from equivalence import assert_as_exact
 
 import convit_kernels as ck
 from convit_kernels import eager_tables, extension, ops
+from convit_kernels.equivalence import expected
 
 GRIDS = [(1, 1), (1, 7), (3, 5), (14, 14), (8, 18), (18, 8)]
 BOTH = pytest.mark.parametrize("tables", [ops.relative_position_tables, eager_tables.relative_position_tables])
@@ -49,24 +51,28 @@ def test_factors_multiply_to_the_positional_attention(tables, grid):
 @BOTH
 def test_float32_is_as_accurate_as_one_softmax_over_the_grid(tables):
     pos_weight = torch.randn(9, 3)
-    exact = positional_attention(pos_weight.double(), (14, 14))
-    error = (product(*tables(pos_weight, 14, 14)) - exact).abs().max()
-    assert error <= 2 * (positional_attention(pos_weight, (14, 14)) - exact).abs().max() + 1e-7
+    rule = expected(lambda dtype: {"table": positional_attention(pos_weight.to(dtype), (14, 14))}, torch.float32)
+    assert_as_exact({"table": product(*tables(pos_weight, 14, 14))}, rule)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_gradient_equals_autograd_through_the_whole_grid(grid, dtype):
-    pos_weight = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    attention = positional_attention(pos_weight, grid)
-    grad = torch.randn_like(attention)
-    (exact,) = torch.autograd.grad(attention, pos_weight, grad)
-    single = pos_weight.detach().to(dtype).requires_grad_()
-    (ours,) = torch.autograd.grad(product(*ck.relative_position_tables(single, grid)), single, grad.to(dtype))
-    eager = pos_weight.detach().to(dtype).requires_grad_()
-    (theirs,) = torch.autograd.grad(positional_attention(eager, grid), eager, grad.to(dtype))
-    floor = 1e-11 if dtype == torch.float64 else 1e-5
-    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() + floor * (1 + exact.abs().max())
+    pos_weight, grad = torch.randn(4, 3), torch.randn(4, grid[0] * grid[1], grid[0] * grid[1])
+
+    def gradient(function, dtype):
+        leaf = pos_weight.to(dtype).requires_grad_()
+        return {"d_pos_weight": torch.autograd.grad(function(leaf, grid), leaf, grad.to(dtype))[0]}
+
+    def of_tables(pos_weight, grid):
+        return product(*ck.relative_position_tables(pos_weight, grid))
+
+    if dtype == torch.float64:
+        found, truth = (gradient(function, dtype) for function in (of_tables, positional_attention))
+        torch.testing.assert_close(found, truth, rtol=1e-11, atol=1e-11)
+    else:
+        rule = expected(lambda wanted: gradient(positional_attention, wanted), dtype)
+        assert_as_exact(gradient(of_tables, dtype), rule)
 
 
 def test_first_and_second_derivatives():
@@ -259,8 +265,8 @@ def test_cuda_equals_cpu(dtype):
     cpu = ops.relative_position_tables(pos_weight, 13, 21)
     cuda = ops.relative_position_tables(pos_weight.cuda(), 13, 21)
     grads = [torch.randn_like(table) for table in cpu]
-    for expected, found in zip(cpu, cuda, strict=True):
-        torch.testing.assert_close(found.cpu(), expected, **tolerance)
+    for truth, found in zip(cpu, cuda, strict=True):
+        torch.testing.assert_close(found.cpu(), truth, **tolerance)
     torch.testing.assert_close(
         ops.relative_position_tables_backward(*(g.cuda() for g in grads), *cuda).cpu(),
         ops.relative_position_tables_backward(*grads, *cpu),

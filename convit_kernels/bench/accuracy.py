@@ -1,8 +1,4 @@
-"""The gate before a time: whether a contender's results are right, against the same work in float64.
-
-The rule is flash-attention's: an error of at most twice that of eager timm in the same dtype, plus a few roundings.
-torch.compile, which is PyTorch's and not on trial here, may have four times: a whole model's parameters need it.
-"""
+"""The correctness check before a time: a contender's results against the same work in float64, by `equivalence`."""
 
 import math
 from collections.abc import Mapping
@@ -11,11 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .contenders import COMPILED, EAGER, FLOOR, Contender, Task, build, label
+from ..equivalence import expected
+from .contenders import EAGER, FLOOR, Contender, Task, build, label
 
-# of a result's largest value: torch's own fused attention, and the products behind it, take that many more in float32
-ROUNDINGS = 8
-INPUTS = ("q", "k", "v", "x")
+DRAWS = 2  # a layer's or a model's results have many elements
 
 
 class Accuracy(NamedTuple):
@@ -43,43 +38,30 @@ class WrongResultsError(Exception):
 
 def _results(task: Task, contender: Contender) -> dict[str, Tensor | None]:
     results = contender.results() if task.backward else [contender.call(backward=False)()]
-    names = ["out", *contender.leaves]
+    names = ["out", *(f"d {name}" for name in contender.leaves)]
     return {name: None if value is None else value.detach() for name, value in zip(names, results, strict=False)}
-
-
-def _errors(results: Mapping[str, Tensor | None], exact: Mapping[str, Tensor | None]) -> dict[str, float]:
-    """The relative error of the output, of each input's gradient, and the largest of all parameters' together.
-
-    Parameters are judged together because the smallest have a handful of values, in which eager's error may be tiny
-    by luck. A gradient that is zero in exact arithmetic, as the position's bias has, is rounding alone: passed over.
-    """
-    largest = {name: truth.abs().max().item() for name, truth in exact.items() if truth is not None}
-    negligible = 1e-10 * max(largest.values())
-    errors: dict[str, float] = {}
-    for name, scale in largest.items():
-        mine, truth = results[name], exact[name]
-        if scale <= negligible:
-            continue
-        if mine is None or truth is None or not torch.isfinite(mine).all():
-            error = math.inf
-        else:
-            error = (mine.double() - truth).abs().max().item() / scale
-        group = "out" if name == "out" else f"d {name}" if name in INPUTS else "d parameters"
-        errors[group] = max(error, errors.get(group, 0.0))
-    return errors
 
 
 def judge(task: Task, contenders: Mapping[str, Contender]) -> dict[str, Accuracy]:
     """The accuracy of each contender but the floor, which computes something else; eager's own against itself."""
-    truth = _results(task, build(task, EAGER, exact=True))
-    found = {name: _errors(_results(task, one), truth) for name, one in contenders.items() if name != FLOOR}
-    eager = found[EAGER] if EAGER in found else _errors(_results(task, build(task, EAGER)), truth)
-    floor = ROUNDINGS * torch.finfo(task.dtype).eps
+    rule = expected(
+        lambda dtype: _results(task, build(task, EAGER, exact=dtype == torch.float64)),
+        task.dtype,
+        implementation=lambda: _results(task, build(task, "reference", exact=True)),
+        draws=DRAWS,
+    )
     judged = {}
-    for name, errors in found.items():
-        times = 4 if name == COMPILED else 2
-        each = [Accuracy(key, error, eager[key], times * eager[key] + floor) for key, error in errors.items()]
-        judged[name] = max(each, key=lambda accuracy: accuracy.error / accuracy.allowed)
+    for name, contender in contenders.items():
+        if name == FLOOR:
+            continue
+        results = _results(task, contender)
+        each = []
+        for key, one in rule.items():
+            result = results[key]
+            scale = one.exact.abs().max().item() or 1.0
+            error = math.inf if result is None else one.error(result)
+            each.append(Accuracy(key, *(size / scale for size in (error, one.eager_error, one.allowed))))
+        judged[name] = max(each, key=lambda accuracy: accuracy.error / accuracy.allowed if accuracy.error else 0.0)
     return judged
 
 

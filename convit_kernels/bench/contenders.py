@@ -11,6 +11,7 @@ from timm.models.convit import ConVit
 from torch import Tensor, nn
 
 from ..attention import backends, check_backend, gpsa_attention
+from ..equivalence import eager_attention
 from ..gpsa import GPSA
 from ..replace import replace_gpsa
 
@@ -203,20 +204,6 @@ def _rounded(tensor: Tensor, task: Task, exact: bool) -> Tensor:
     """The tensor's values in the task's dtype, held in float64 when exact."""
     rounded = tensor.detach().to(task.device, task.dtype)
     return rounded.double() if exact else rounded
-
-
-def eager_attention(
-    q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor, rel_indices: Tensor, scale: float
-) -> Tensor:
-    """The attention of timm's layer, operation by operation: (B, H, N, D) -> (B, H, N, D)."""
-    position = F.linear(rel_indices.expand(q.shape[0], -1, -1, -1), pos_weight).permute(0, 3, 1, 2)
-    content = (q @ k.transpose(-2, -1)) * scale
-    content = content.softmax(dim=-1)
-    position = position.softmax(dim=-1)
-    gating = gate.view(1, -1, 1, 1)
-    mixed = (1.0 - torch.sigmoid(gating)) * content + torch.sigmoid(gating) * position
-    mixed /= mixed.sum(dim=-1).unsqueeze(-1)
-    return mixed @ v
 
 
 def _attention(task: Task, name: str, backend: str | None, exact: bool) -> Contender:

@@ -1,4 +1,4 @@
-"""The fused forward kernel in Triton's interpreter against dense float64 mathematics."""
+"""The fused forward kernel in Triton's interpreter, held to convit_kernels.equivalence."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from equivalence import assert_as_exact
 from interpreter import load_kernels  # before triton
 from mutants import FORWARD
 from torch import Tensor
 
+from convit_kernels.equivalence import Expected, eager_attention, expected, expected_attention, relative_indices
 from convit_kernels.triton import common, content, forward
 from convit_kernels.triton.configs import Config
 
@@ -122,25 +124,6 @@ def keep_mask(batch: int, heads: int, tokens: int, dropout_p: float) -> Tensor:
     )
 
 
-def dense(
-    q: Tensor, k: Tensor, v: Tensor, position: Tensor, gate: Tensor, scale: float, keep: Tensor | None, p: float
-) -> Tensor:
-    """The formula, all in the dtype of q."""
-    g = torch.sigmoid(gate.double())[:, None, None]
-    mix = (1 - g).to(q.dtype) * torch.softmax(q @ k.mT * scale, -1) + g.to(q.dtype) * position.to(q.dtype)
-    if keep is not None:
-        mix = mix * keep / (1 - p)
-    return mix.to(q.dtype) @ v
-
-
-def assert_close(ours: Tensor, exact: Tensor, eager: Tensor) -> None:
-    """At most twice the eager error, plus a rounding floor."""
-    floor = 2 * ((eager + 0.3 - 0.3) - eager).abs().max().item()
-    allowed = 2 * (eager.double() - exact).abs().max().item() + floor
-    error = (ours.double() - exact).abs().max().item()
-    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"  # NaN fails too
-
-
 def inputs(case: Case) -> tuple[Tensor, ...]:
     """q, k, v, all views of larger tensors with other things around them, the weights and the gates."""
     generator = torch.Generator().manual_seed(len(case.id) + case.head_dim)
@@ -152,7 +135,9 @@ def inputs(case: Case) -> tuple[Tensor, ...]:
     qk = random(case.batch, tokens, 2, heads, case.head_dim).to(case.dtype)  # as a linear layer makes it
     q, k = qk[:, :, 0].transpose(1, 2), qk[:, :, 1].transpose(1, 2)
     v = random(heads + 1, case.batch + 1, tokens + 2, case.head_dim + 3).to(case.dtype)[1:, 1:, 2:, 3:].transpose(0, 1)
-    return q, k, v, random(heads, 3).double() * 0.3, torch.tensor(case.gates)
+    # of the dtype's precision, so that eager's positions are as exact as ours
+    pos_weight, gate = (0.3 * random(heads, 3)).to(case.dtype), torch.tensor(case.gates, dtype=case.dtype)
+    return q, k, v, pos_weight.double(), gate.float()
 
 
 def call(launcher: Callable[..., Any], case: Case, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,24 +178,27 @@ def check(launcher: Callable[..., Any], case: Case) -> None:
     tensors = inputs(case)
     out, lse, content = call(launcher, case, tensors)
     q, k, v, pos_weight, gate = tensors
-    position = kronecker(*factors(pos_weight, case.grid))
     scale = case.sign * case.logits * case.head_dim**-0.5
-    keep = keep_mask(case.batch, len(gate), q.shape[2], case.dropout_p) if case.dropout_p else None
-    exact = dense(q.double(), k.double(), v.double(), position, gate, scale, keep, case.dropout_p)
+    keep = None
+    if case.dropout_p:
+        keep = keep_mask(case.batch, len(gate), q.shape[2], case.dropout_p) / (1 - case.dropout_p)
     assert out.dtype == case.dtype and out.shape == q.shape and out.transpose(1, 2).is_contiguous()
-    assert_close(out, exact, dense(q, k, v, position, gate, scale, keep, case.dropout_p))
-    content_heads = gate < 30  # the others skip content
-    exact_lse = torch.logsumexp(q.double() @ k.double().mT * scale, -1)
-    eager_lse = torch.logsumexp(q.float() @ k.float().mT * scale, -1)
-    assert_close(lse[:, content_heads], exact_lse[:, content_heads], eager_lse[:, content_heads])
-    assert torch.all(lse[:, ~content_heads] == torch.inf)
-    closed = torch.full_like(gate, -1e4)
-    eager, exact = (
-        dense(*qkv, position, closed, scale, keep, case.dropout_p)[:, content_heads]
-        for qkv in ((q, k, v), (q.double(), k.double(), v.double()))
-    )
-    assert_close(content[:, content_heads], exact, eager)
-    assert torch.all(content[:, ~content_heads] == 0)
+    assert_as_exact([out], expected_attention(*tensors, None, case.grid, scale=scale, keep=keep))
+    some = gate < 30  # the other heads skip content
+    assert_as_exact({"lse": lse[:, some]}, log_sum_exp(q[:, some], k[:, some], scale))
+    assert torch.all(lse[:, ~some] == torch.inf)
+    if some.any():
+        closed = torch.full_like(gate[some], -1e4)
+        of_content = (q[:, some], k[:, some], v[:, some], pos_weight[some], closed)
+        masked = None if keep is None else keep[:, some]
+        rule = expected_attention(*of_content, None, case.grid, scale=scale, keep=masked)
+        assert_as_exact([content[:, some]], rule)
+    assert torch.all(content[:, ~some] == 0)
+
+
+def log_sum_exp(q: Tensor, k: Tensor, scale: float) -> dict[str, Expected]:
+    """What the content's log-sum-exp, (B, H, N) in float32, is held to."""
+    return expected(lambda dtype: {"lse": torch.logsumexp((q.to(dtype) @ k.to(dtype).mT) * scale, -1)}, torch.float32)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -220,11 +208,11 @@ def test_equals_dense(case: Case) -> None:
 
 def test_content_twin() -> None:
     case = Case((3, 7), FP32, 48, block=(16, 16))
-    q, k, v, *_ = inputs(case)
+    q, k, v, pos_weight, gate = inputs(case)
     out, lse = content.content_forward(q, k, v, 0.2, Config(16, 16, 4, 2), need_lse=True)
-    exact = torch.softmax(q.double() @ k.double().mT * 0.2, -1) @ v.double()
-    assert_close(out, exact, torch.softmax(q @ k.mT * 0.2, -1) @ v)
-    assert torch.allclose(lse, torch.logsumexp(q @ k.mT * 0.2, -1), atol=1e-5)
+    closed = torch.full_like(gate, -1e4)
+    assert_as_exact([out], expected_attention(q, k, v, pos_weight, closed, None, case.grid, scale=0.2))
+    assert_as_exact({"lse": lse}, log_sum_exp(q, k, 0.2))
 
 
 def test_what_the_backward_reads_only_when_needed() -> None:
@@ -255,7 +243,8 @@ def check_special_values(launcher: Callable[..., Any]) -> None:
         q[..., 0] = q[..., 0].abs() + 0.1 if isinstance(index[2], slice) else q[..., 0]
         {"q": q, "k": k, "v": v}[place][index] = value
         out, *_ = call(launcher, case, (q, k, v, pos_weight, gate))
-        eager = dense(q, k, v, kronecker(*factors(pos_weight, case.grid)), gate, case.head_dim**-0.5, None, 0.0)
+        features = relative_indices(case.grid, q)
+        eager = eager_attention(q, k, v, pos_weight.float(), gate, features, case.head_dim**-0.5)
         assert torch.allclose(out, eager, atol=1e-5, equal_nan=True), f"{place}{index} = {value}"
 
 
@@ -281,13 +270,14 @@ def test_the_largest_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     # the first rows of the position map: all lie in the grid's first row
     row_table, col_table = factors(pos_weight, case.grid)
     position = torch.einsum("hb,hcd->hcbd", row_table[:, 0], col_table[:, : programs * 32]).flatten(2)
-    scale = case.head_dim**-0.5
-    exact = dense(q.double(), k.double(), v.double(), position, gate, scale, None, 0.0)
-    assert_close(out[:, :, : programs * 32], exact, dense(q, k, v, position, gate, scale, None, 0.0))
-    logits = q @ k.mT * scale
-    assert_close(
-        lse[:, :, : programs * 32], torch.logsumexp(q.double() @ k.double().mT * scale, -1), torch.logsumexp(logits, -1)
-    )
+    scale, g = case.head_dim**-0.5, torch.sigmoid(gate.double())
+
+    def rows(dtype: torch.dtype) -> dict[str, Tensor]:
+        content = torch.softmax(q.to(dtype) @ k.to(dtype).mT * scale, -1)
+        return {"out": ((1 - g).to(dtype) * content + (g * position).to(dtype)) @ v.to(dtype)}
+
+    assert_as_exact([out[:, :, : programs * 32]], expected(rows, FP32, draws=1))
+    assert_as_exact({"lse": lse[:, :, : programs * 32]}, log_sum_exp(q, k, scale))
 
 
 def test_mask_of_dropout() -> None:

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from equivalence import Inputs, assert_as_exact, eager_attention, make_inputs, with_gradients
+from equivalence import Inputs, assert_as_exact, make_inputs, with_gradients
 
 import convit_kernels as ck
 from convit_kernels import ops
+from convit_kernels.equivalence import expected_attention
 from convit_kernels.triton.attention import is_dense
 
 
@@ -20,9 +21,9 @@ def test_output_and_every_gradient(grid, dtype):
     inputs = make_inputs(2, 3, grid, 24, dtype)
     # positions stay float32, as under autocast
     inputs = inputs._replace(pos_weight=inputs.pos_weight.float(), gate=inputs.gate.float())
-    exact = with_gradients(lambda i: eager_attention(i, grid, 24**-0.5), inputs.to(torch.float64))
-    eager = with_gradients(lambda i: eager_attention(i, grid, 24**-0.5), inputs.to(dtype))
-    assert_as_exact(with_gradients(lambda i: attend(i, grid), inputs), eager, exact, rounds=4.0)
+    assert_as_exact(
+        with_gradients(lambda i: attend(i, grid), inputs), expected_attention(*inputs, grid, recomputed=False)
+    )
 
 
 def test_both_regimes_behind_one_op():
