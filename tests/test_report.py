@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 
 from convit_kernels import bench, demo
 from convit_kernels.bench import plots, report
+from convit_kernels.bench.accuracy import WrongResultsError
 from convit_kernels.bench.compare import MARK, changes, footnote, noise_of_run, speed_ups, times_faster
-from convit_kernels.bench.contenders import ARCHITECTURES, Task, label
+from convit_kernels.bench.contenders import ARCHITECTURES, Contender, Task, label
 from convit_kernels.bench.measure import interleaved
 from convit_kernels.bench.results import NotMeasured, Results, Row, load
 from convit_kernels.cli import app
@@ -159,6 +160,16 @@ class TestTimesFaster:
         monkeypatch.setattr(demo, "build", lambda *_: small)
         monkeypatch.setattr(demo, "interleaved", lambda *_: {"eager": [4, 4, 1], "replaced": [4, 1, 1]})
         assert demo.compare("convit_tiny", None, 1, 3, "cpu", lambda: None)["speedup"] == 1
+
+    def test_nothing_else_divides_eager_by_ours(self):
+        found = []
+        for path in [*ROOT.glob("convit_kernels/**/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*.py")]:
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+                    dividend = ast.unparse(node.left)
+                    if re.search(r"eager|median|deit|slowest", dividend, re.IGNORECASE):
+                        found.append((path.name, dividend))
+        assert [entry for entry in found if entry[0] != "compare.py"] == []
 
 
 def verdicts(new: list[Row], old: list[Row]) -> list[str]:
@@ -366,6 +377,58 @@ class TestWholeModels:
         assert against_deit.share_of_attention(lambda: torch.autograd.grad(attention().sum(), q)) > 0.5
         assert against_deit.share_of_attention(lambda: torch.nn.functional.avg_pool2d(image, 7)) == 0
         assert 0 < against_deit.share_of_attention(lambda: (attention(), image.sin())) < 1
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def right(cls):
+        """The contenders of the smallest size, nothing compiled."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(ROOT / "benchmarks")
+            import against_deit
+
+            patch.setattr(against_deit, "frozen", lambda contender: contender)
+            return against_deit.build(Task("model", "convit_tiny", 1))
+
+    @pytest.mark.parametrize(
+        "broken, text",
+        [
+            ("ConViT, replaced", "ours, automatic: out: error 1.0e-03"),
+            ("ConViT, replaced, compiled and frozen", "compiled and frozen: out: error 1.0e-03"),
+            ("DeiT, timm, compiled and frozen", "DeiT's out: error 1.0e-03"),
+        ],
+    )
+    def test_a_wrong_one_is_refused_before_any_is_timed(self, against_deit, right, monkeypatch, broken, text):
+        wrong = right[broken]._replace(forward=lambda: right[broken].forward() * 1.001)
+        timed = []
+        monkeypatch.setattr(against_deit, "SIZES", {"convit_tiny": ("deit_tiny_patch16_224", 1)})
+        monkeypatch.setattr(against_deit, "build", lambda task: right | {broken: wrong})
+        monkeypatch.setattr(against_deit, "interleaved", lambda *_: timed.append("a group"))
+        with pytest.raises(WrongResultsError, match=text):
+            against_deit.measure(1)
+        assert timed == []
+
+    def test_frozen_packs_the_weights_and_not_the_input(self, against_deit):
+        layer, images = torch.nn.Linear(8, 4), torch.randn(2, 8)
+        eager = Contender(lambda: layer(images), dict(layer.named_parameters()), torch.randn(2, 4), layer)
+        call = against_deit.frozen(eager).call(backward=False)
+        images.mul_(2)
+        torch.testing.assert_close(call(), layer(images).detach())
+        with torch.no_grad():
+            layer.weight.zero_()
+        assert not torch.equal(call(), layer(images))
+
+    def test_what_it_says_of_deit_is_the_less_favourable(self, against_deit):
+        names = (against_deit.EAGER, against_deit.REPLACED, against_deit.DEIT)
+        seconds = ([1, 1, 1], [4, 1, 1], [4, 4, 1])  # of DeiT over replaced: 1 by pairs, 4 by medians
+        rows = [
+            {"size": size, "backward": backward, "contender": name, "batch": 1, "seconds": times, "attention": None}
+            | {"parameters": 100}
+            for size in against_deit.SIZES
+            for backward in (False, True)
+            for name, times in zip(names, seconds, strict=True)
+        ]
+        text = against_deit.section({"machine": MACHINE, "date": "2026-11-25", "rows": rows}, "x.json")
+        assert "Ti forward 1.00, S forward 1.00" in text and "commit abc1234, 2026-11-25" in text
 
 
 class TestReadme:
