@@ -10,9 +10,11 @@ import torch
 from rich.console import Console
 from tasks import default_tasks, sweep_tasks, why_left_out
 
+from convit_kernels.bench.compare import speed_ups
 from convit_kernels.bench.contenders import Task, contender_names
 from convit_kernels.bench.machine import machine
-from convit_kernels.bench.report import NotMeasured, Row, tables
+from convit_kernels.bench.report import tables
+from convit_kernels.bench.results import NotMeasured, Row
 
 
 @dataclass
@@ -79,7 +81,12 @@ def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict:
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict) -> None:
-    output_json["not_measured"] = [left_out._asdict() for left_out in config.stash[LOG].not_measured]
+    log = config.stash[LOG]
+    output_json["not_measured"] = [left_out._asdict() for left_out in log.not_measured]
+    found = speed_ups(log.rows)
+    for row in (entry["extra_info"] for entry in output_json["benchmarks"]):
+        ratio = found.get((row["group"], row["contender"]))
+        row["ratio_to_eager"] = ratio and ratio.times  # a row alone cannot tell: it takes the group's pace
 
 
 @pytest.hookimpl(trylast=True)

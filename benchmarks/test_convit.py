@@ -28,7 +28,7 @@ from convit_kernels.bench.measure import (
     seconds,
     spread,
 )
-from convit_kernels.bench.report import Row
+from convit_kernels.bench.results import Row
 
 ROUNDS = (5, 50)  # the fewest and the most of a row
 SLOW, SLOW_ROUNDS = 2.0, 3  # seconds of a round beyond which fewer must do

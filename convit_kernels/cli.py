@@ -242,9 +242,11 @@ def report(
     """The results of the benchmarks as tables and figures; exits with 1 where something became slower."""
     try:
         from .bench import report as reporting
+        from .bench.compare import changes
+        from .bench.results import load
 
-        new = reporting.load(results)
-        old = reporting.load(against) if against else None
+        new = load(results)
+        old = load(against) if against else None
         written = reporting.write_figures(new, out) if out else []
     except ImportError as error:
         console.print(f"report needs {error.name}: pip install 'convit_kernels\\[bench]'", style="red")
@@ -256,8 +258,9 @@ def report(
     for path in written:
         console.print(f"written to {path}", markup=False, soft_wrap=True)
     if old is not None:
-        console.print(*reporting.comparison(new, old), sep="\n")
-        if any(change.verdict == "slower" for change in reporting.compare(new.rows, old.rows)):
+        found = changes(new.rows, old.rows)
+        console.print(*reporting.comparison(new, old, found), sep="\n")
+        if any(change.verdict == "slower" for change in found):
             raise typer.Exit(1)
 
 

@@ -13,6 +13,7 @@ import torch
 import convit_kernels as ck
 from convit_kernels.bench import measure
 from convit_kernels.bench.accuracy import WrongResultsError, judge, require_right
+from convit_kernels.bench.compare import speed_ups
 from convit_kernels.bench.contenders import (
     ARCHITECTURES,
     COMPILED,
@@ -25,6 +26,7 @@ from convit_kernels.bench.contenders import (
     contender_names,
     convit,
 )
+from convit_kernels.bench.results import Row
 
 ROOT = Path(__file__).parent.parent
 ONE_GROUP = ("-k", "attention and tiny and forward and not plus")
@@ -65,6 +67,8 @@ class TestSuite:
         assert list(row)[:4] == ["ratio_to_eager", "p20_ms", "p50_ms", "p80_ms"]
         assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
         assert len(row["eager_seconds"]) == len(row["seconds"])  # interleaved: one of eager before each
+        ratios = speed_ups([Row.from_json(one) for one in rows.values()])
+        assert all(one["ratio_to_eager"] == ratios[one["group"], name].times for name, one in rows.items())
         assert 0 < row["error"] <= row["allowed_error"]
         assert row["allowed_error"] >= 2 * row["eager_error"]
         assert 0 < row["peak_memory"] < rows[EAGER]["peak_memory"]  # no N x N map

@@ -12,6 +12,7 @@ import convit_kernels as ck
 from convit_kernels import attention
 from convit_kernels.bench import phases, profile, profile_page
 from convit_kernels.bench.accuracy import WrongResultsError
+from convit_kernels.bench.compare import times_faster
 from convit_kernels.bench.contenders import Task, build
 from convit_kernels.bench.measure import spread
 from convit_kernels.cli import app
@@ -123,6 +124,11 @@ class TestFigures:
     def test_eager_moves_more_bytes_than_ours(self, layer):
         traffic = {one.name: one.traffic for one in layer.contenders}
         assert traffic["eager"] > traffic["reference"] > 0
+
+    def test_times_faster_is_the_benchmarks_rule(self, layer):
+        eager = layer.contenders[0].seconds
+        for one in layer.contenders:
+            assert one.eager_ratio == times_faster(eager, one.seconds).times
 
     def test_a_wrong_contender_is_not_profiled(self, monkeypatch):
         monkeypatch.setattr(ck.GPSA, "gate", lambda self: self.gating_param + 0.01)

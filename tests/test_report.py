@@ -1,22 +1,28 @@
-"""The report: speed-ups, growth, and what became slower between two results."""
+"""The report: speed-ups and their doubts, growth, and what became slower between two results."""
 
+import ast
 import json
+import math
 import random
 import re
 import sys
 import time
 from dataclasses import replace
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from typer.testing import CliRunner
 
-from convit_kernels import bench
+from convit_kernels import bench, demo
 from convit_kernels.bench import plots, report
-from convit_kernels.bench.contenders import ARCHITECTURES, Task
+from convit_kernels.bench.accuracy import WrongResultsError
+from convit_kernels.bench.compare import MARK, changes, footnote, noise_of_run, speed_ups, times_faster
+from convit_kernels.bench.contenders import ARCHITECTURES, Contender, Task, label
 from convit_kernels.bench.measure import interleaved
-from convit_kernels.bench.report import NotMeasured, Results, Row
+from convit_kernels.bench.results import NotMeasured, Results, Row, load
 from convit_kernels.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -67,7 +73,7 @@ def row(contender="composite", seconds=0.010, rounds=15, noise=0.05, drift=1.0, 
 
 
 def results(*rows: Row, not_measured=()) -> Results:
-    return Results(list(rows), list(not_measured), MACHINE)
+    return Results(list(rows), list(not_measured), MACHINE, "2026-11-25")
 
 
 def write(found: Results, path: Path) -> Path:
@@ -76,13 +82,108 @@ def write(found: Results, path: Path) -> Path:
         "machine_info": {"convit_kernels": found.machine},
         "benchmarks": [{"extra_info": one.to_json()} for one in found.rows],
         "not_measured": [entry._asdict() for entry in found.not_measured],
+        "datetime": f"{found.date}T12:00:00+00:00",
     }
     path.write_text(json.dumps(content))
     return path
 
 
+def disturbed(one: Row, factor: float) -> Row:
+    """As if something had run beside eager, each time before this contender's turn."""
+    return replace(one, eager_seconds=[factor * time for time in one.eager_seconds])
+
+
+def run(noise: float = 0.05, **seconds: float) -> list[Row]:
+    """Three tasks by several contenders, eager first, which takes 40 ms."""
+    tasks = [Task("attention", model, 8) for model in ("convit_tiny", "convit_small", "convit_base")]
+    contenders = {"eager": 0.040, **seconds}
+    return [row(name, time, noise=noise, task=task) for task in tasks for name, time in contenders.items()]
+
+
+def disturbed_run() -> list[Row]:
+    """Eager took 2.5 times as long beside the first task's composite, which is twice as fast as eager."""
+    first, second, third, *rest = run(cpu=0.010, composite=0.020, reference=0.030)
+    return [first, second, disturbed(third, 2.5), *rest]
+
+
+class TestTimesFaster:
+    def test_is_the_smaller_of_pairs_and_pace(self):
+        assert times_faster([4, 4, 1], [4, 1, 1]).times == 1  # pairs 1, 4, 1; medians 4 and 1
+        assert times_faster([3, 4, 5], [3, 1, 2]).times == 2  # pairs 1, 4, 2.5; medians 4 and 2
+
+    def test_below_one_too(self):
+        assert times_faster([1, 1, 4], [2, 1, 8]).times == 0.5  # pairs 0.5, 1, 0.5; medians 1 and 2
+        slow = times_faster([1, 1, 1], [2, 2, 2], pace=1.6)
+        assert (slow.paired, slow.by_pace, slow.times) == (0.5, 0.8, 0.5)
+
+    def test_a_disturbed_neighbour_does_not_lead(self):
+        rows = disturbed_run()
+        ratios = speed_ups(rows)
+        assert max(rows[:4], key=lambda row: ratios[row.key].times).contender == "cpu"
+        assert ratios[rows[2].key].times == pytest.approx(2, rel=0.1)
+        assert [key for key, ratio in ratios.items() if ratio.doubtful] == [rows[2].key]
+
+    def test_nor_where_only_eager_stands_beside_it(self):
+        eager, ours = row("eager", 0.040), row("cpu", 0.010)
+        assert speed_ups([eager, disturbed(ours, 2)])[ours.key].times == pytest.approx(4, rel=0.1)
+
+    def test_a_disturbed_contender_is_not_made_up_for(self):
+        rows = run(cpu=0.010, composite=0.020)
+        rows[1] = replace(rows[1], seconds=[2 * time for time in rows[1].seconds])
+        assert speed_ups(rows)[rows[1].key].times == pytest.approx(2, rel=0.1)
+
+    def test_eager_goes_the_same_way(self):
+        rows = run(cpu=0.010, composite=0.020)
+        rows[0] = replace(rows[0], seconds=[1.5 * time for time in rows[0].seconds])
+        ratio = speed_ups(rows)[rows[0].key]
+        assert ratio.times == pytest.approx(1 / 1.5, rel=0.1) and ratio.doubtful
+
+    def test_there_is_none_where_eager_had_no_memory(self):
+        assert speed_ups([replace(row(), eager_seconds=[]), row("cpu")]).keys() == {row("cpu").key}
+        assert speed_ups([replace(row(), eager_seconds=[])]) == {}
+
+    def test_what_counts_as_noise_is_the_runs_own(self):
+        """Eager took a third longer beside one row: told from a quiet machine's noise, not from a busy one's."""
+        quiet, busy = (run(noise, cpu=0.010, composite=0.020, reference=0.030) for noise in (0.01, 0.4))
+        assert noise_of_run(quiet) < 0.02 and noise_of_run(busy) > 0.1
+        assert not any(ratio.doubtful for ratio in speed_ups(quiet).values())
+        for rows, told in ((quiet, True), (busy, False)):
+            rows[1] = disturbed(rows[1], 4 / 3)
+            assert speed_ups(rows)[rows[1].key].doubtful is told
+
+    def test_without_repeated_measurements_nothing_is_doubted(self):
+        (ratio,) = speed_ups([row()]).values()
+        assert noise_of_run([row()]) is None and not ratio.doubtful and footnote([ratio, None]) == ""
+
+    def test_the_demo_goes_by_it(self, monkeypatch):
+        small = timm.create_model("convit_tiny", depth=2, local_up_to_layer=1).eval()
+        monkeypatch.setattr(demo, "build", lambda *_: small)
+        monkeypatch.setattr(demo, "interleaved", lambda *_: {"eager": [4, 4, 1], "replaced": [4, 1, 1]})
+        assert demo.compare("convit_tiny", None, 1, 3, "cpu", lambda: None)["speedup"] == 1
+
+    def test_nothing_else_divides_eager_by_ours(self):
+        found = []
+        for path in [*ROOT.glob("convit_kernels/**/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*.py")]:
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+                    dividend = ast.unparse(node.left)
+                    if re.search(r"eager|median|deit|slowest", dividend, re.IGNORECASE):
+                        found.append((path.name, dividend))
+        assert [entry for entry in found if entry[0] != "compare.py"] == []
+
+
 def verdicts(new: list[Row], old: list[Row]) -> list[str]:
-    return [change.verdict for change in report.compare(new, old)]
+    return [change.verdict for change in changes(new, old)]
+
+
+def test_imports_within_bench_go_one_way():
+    imports = {}
+    for path in (ROOT / "convit_kernels" / "bench").glob("*.py"):
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        names = {name for node in nodes if node.level == 1 for name in [node.module, *(one.name for one in node.names)]}
+        imports[path.stem] = names - {None, path.stem}
+    order = TopologicalSorter({name: found & imports.keys() for name, found in imports.items()})
+    assert {"compare", "report"} <= set(order.static_order())  # raises CycleError
 
 
 class TestRegressions:
@@ -116,9 +217,9 @@ class TestRegressions:
             return [row(seconds=seconds, noise=0.07, rounds=7, seed=seed, task=task) for task in tasks]
 
         def kind(new: list[Row], old: list[Row]) -> str:
-            changes = {change.task: change for change in report.compare(new, old)}
-            assert len(changes) == 7
-            return changes["attention, forward: all 6 tasks"].verdict
+            found = {change.task: change for change in changes(new, old)}
+            assert len(found) == 7
+            return found["attention, forward: all 6 tasks"].verdict
 
         before = run(0.010, 100 + seed)
         assert kind(run(0.015, seed), before) == "slower"
@@ -181,7 +282,16 @@ class TestTables:
         assert str(Task("attention", "convit_small", 8)) in output
         assert output.index("timm, eager") < output.index("ours: composite")
         assert "1.0e-06 / 4.5e-06" in output
+        assert MARK not in output
         assert "Abacus (AVX2), 2 threads" in output
+
+    def test_a_doubtful_ratio_is_marked_and_the_mark_explained(self, tmp_path):
+        path = write(results(*disturbed_run()), tmp_path / "r.json")
+        output = CliRunner().invoke(app, ["report", str(path)], env={"COLUMNS": "120"}).output
+        lines = output.splitlines()
+        assert [line.split()[:2] for line in lines if re.search(rf"\d{MARK} ", line)] == [["ours:", "composite"]]
+        noise = math.exp(3 * noise_of_run(load(path).rows))
+        assert f"{MARK}: the pairs, the group's pace" in output and f"more than {noise:.2f} times" in output
 
     def test_what_is_missing_is_said_once(self, tmp_path):
         missing = [NotMeasured(group, "compile", "no compiler") for group in ("a", "b")]
@@ -226,6 +336,14 @@ class TestFigures:
         assert result.exit_code == 1
         assert "needs matplotlib: pip install 'convit_kernels[bench]'" in result.output
 
+    def test_the_speed_up_is_the_ratio_of_the_tables(self):
+        rows = disturbed_run()
+        (ax,) = plots.speed_up(rows, "").axes
+        drawn = {str(bars.get_label()): [bar.get_height() for bar in bars] for bars in ax.containers}
+        for place, name in enumerate(("cpu", "composite", "reference"), start=1):
+            assert sorted(drawn[label(name)]) == sorted(speed_ups(rows)[one.key].times for one in rows[place::4])
+        assert [text.get_text() for text in ax.texts].count(MARK) == 1
+
     def test_fit_is_the_power_law(self):
         fit = plots.fit([1, 2, 4], [3, 12, 48])
         assert fit == pytest.approx((2, 3))
@@ -260,6 +378,58 @@ class TestWholeModels:
         assert against_deit.share_of_attention(lambda: torch.nn.functional.avg_pool2d(image, 7)) == 0
         assert 0 < against_deit.share_of_attention(lambda: (attention(), image.sin())) < 1
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def right(cls):
+        """The contenders of the smallest size, nothing compiled."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(ROOT / "benchmarks")
+            import against_deit
+
+            patch.setattr(against_deit, "frozen", lambda contender: contender)
+            return against_deit.build(Task("model", "convit_tiny", 1))
+
+    @pytest.mark.parametrize(
+        "broken, text",
+        [
+            ("ConViT, replaced", "ours, automatic: out: error 1.0e-03"),
+            ("ConViT, replaced, compiled and frozen", "compiled and frozen: out: error 1.0e-03"),
+            ("DeiT, timm, compiled and frozen", "DeiT's out: error 1.0e-03"),
+        ],
+    )
+    def test_a_wrong_one_is_refused_before_any_is_timed(self, against_deit, right, monkeypatch, broken, text):
+        wrong = right[broken]._replace(forward=lambda: right[broken].forward() * 1.001)
+        timed = []
+        monkeypatch.setattr(against_deit, "SIZES", {"convit_tiny": ("deit_tiny_patch16_224", 1)})
+        monkeypatch.setattr(against_deit, "build", lambda task: right | {broken: wrong})
+        monkeypatch.setattr(against_deit, "interleaved", lambda *_: timed.append("a group"))
+        with pytest.raises(WrongResultsError, match=text):
+            against_deit.measure(1)
+        assert timed == []
+
+    def test_frozen_packs_the_weights_and_not_the_input(self, against_deit):
+        layer, images = torch.nn.Linear(8, 4), torch.randn(2, 8)
+        eager = Contender(lambda: layer(images), dict(layer.named_parameters()), torch.randn(2, 4), layer)
+        call = against_deit.frozen(eager).call(backward=False)
+        images.mul_(2)
+        torch.testing.assert_close(call(), layer(images).detach())
+        with torch.no_grad():
+            layer.weight.zero_()
+        assert not torch.equal(call(), layer(images))
+
+    def test_what_it_says_of_deit_is_the_less_favourable(self, against_deit):
+        names = (against_deit.EAGER, against_deit.REPLACED, against_deit.DEIT)
+        seconds = ([1, 1, 1], [4, 1, 1], [4, 4, 1])  # of DeiT over replaced: 1 by pairs, 4 by medians
+        rows = [
+            {"size": size, "backward": backward, "contender": name, "batch": 1, "seconds": times, "attention": None}
+            | {"parameters": 100}
+            for size in against_deit.SIZES
+            for backward in (False, True)
+            for name, times in zip(names, seconds, strict=True)
+        ]
+        text = against_deit.section({"machine": MACHINE, "date": "2026-11-25", "rows": rows}, "x.json")
+        assert "Ti forward 1.00, S forward 1.00" in text and "commit abc1234, 2026-11-25" in text
+
 
 class TestReadme:
     @pytest.fixture
@@ -273,8 +443,45 @@ class TestReadme:
         found = readme.SECTION.search((ROOT / "README.md").read_text())
         assert found, "the README has no performance section"
         path = ROOT / found["source"]
-        growth = report.load(readme.growth_file(path))
-        assert found[0] == readme.section(report.load(path), found["source"], growth), "run: make results"
+        growth = load(readme.growth_file(path))
+        assert found[0] == readme.section(load(path), found["source"], growth), "run: make results"
+
+    def test_no_ratio_is_beyond_the_noise_of_its_columns_without_a_mark(self, readme):
+        section = readme.SECTION.search((ROOT / "README.md").read_text())
+        noise = math.exp(3 * noise_of_run(load(ROOT / section["source"]).rows))
+        details = section[0].partition("<details>")[2].splitlines()
+        rows = [line.replace("*", "").split(" | ") for line in details if re.match(r"\| (timm|SDPA|ours)", line)]
+        eager, compared = 0.0, 0
+        for name, ratio, milliseconds, *_ in rows:
+            median = float(milliseconds.split()[0])
+            eager = median if name == "| timm, eager" else eager
+            if MARK not in ratio:
+                rounding = 1.01  # both are printed with three digits
+                assert abs(math.log(eager / median / float(ratio))) < math.log(noise * rounding), (name, ratio)
+                compared += 1
+        assert 100 < compared < len(rows)
+
+    def test_the_summary_is_of_the_rows_below_it(self, readme):
+        summary, _, details = readme.SECTION.search((ROOT / "README.md").read_text())[0].partition("<details>")
+        table = summary.partition("| times faster than eager timm |")[2].partition("\n\n")[0]
+        ratios = re.findall(rf"(?<=\| )\d+\.\d\d{MARK}?(?= \|)", table)
+        assert len(ratios) >= 36 and all(f"| **{ratio}** |" in details for ratio in ratios)
+
+    @pytest.mark.parametrize("part", ["", "-growth"])
+    def test_the_files_say_what_the_section_says(self, readme, part):
+        source = ROOT / readme.SECTION.search((ROOT / "README.md").read_text())["source"]
+        path = source.with_name(source.stem + part + ".json")
+        ratios = {key: ratio.times for key, ratio in speed_ups(load(path).rows).items()}
+        rows = [entry["extra_info"] for entry in json.loads(path.read_text())["benchmarks"]]
+        assert [row["ratio_to_eager"] for row in rows] == [ratios.get((row["group"], row["contender"])) for row in rows]
+
+    def test_a_disturbed_neighbour_does_not_lead_the_table(self, readme):
+        rows = disturbed_run()
+        text = readme.section(results(*rows), "benchmarks/results/x.json")
+        (line,) = (line for line in text.splitlines() if line.startswith("| attention, forward |"))
+        assert [float(cell) for cell in line.split("|")[2:5]] == pytest.approx([4, 4, 4], rel=0.1)
+        assert re.search(rf"^\| ours: composite \| \*\*(1\.9|2\.)\d+{MARK}\*\*", text, re.MULTILINE)
+        assert f"\n{MARK}: " in text
 
     def test_its_figures_are_there(self, readme):
         figures = re.findall(r"\]\((benchmarks/results/\S*?svg)\)", (ROOT / "README.md").read_text())

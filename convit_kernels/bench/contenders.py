@@ -163,6 +163,12 @@ def label(name: str) -> str:
     return LABELS.get(name, f"ours: {name}")
 
 
+def place(name: str) -> int:
+    """Where a contender stands in tables and figures: eager first, what has no fixed place after the rest."""
+    order = [EAGER, COMPILED, FLOOR, "auto", *(backend.name for backend in backends())]
+    return order.index(name) if name in order else len(order)
+
+
 def _check_device(task: Task, name: str) -> None:
     """Raises CannotRunError for a backend that would leave the task to another one."""
     if name == "triton" and not task.device.startswith("cuda"):

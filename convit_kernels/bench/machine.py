@@ -78,3 +78,15 @@ def machine() -> dict[str, Any]:
         "convit_kernels": _installed("convit_kernels"),
         "commit": commit(),
     }
+
+
+def describe(machine: dict[str, Any]) -> str:
+    """A machine in a line."""
+    parts = [
+        f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}" if machine["gpu"] else None,
+        f"{machine['cpu']} ({machine['cpu_capability']}), {machine['threads']} threads",
+        f"{machine['cpu_clock_mhz']:.0f} MHz" if machine["cpu_clock_mhz"] else None,
+        f"torch {machine['torch']}",
+        f"commit {machine['commit']}" if machine["commit"] else None,
+    ]
+    return ", ".join(part for part in parts if part)

@@ -4,18 +4,17 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator
 
-from .contenders import ARCHITECTURES, COMPILED, EAGER, FLOOR, MODES, PARTS, label
-
-if TYPE_CHECKING:
-    from .profile import Profile
-    from .report import NotMeasured, Row
+from .compare import MARK, speed_ups
+from .contenders import ARCHITECTURES, COMPILED, EAGER, FLOOR, MODES, PARTS, label, place
+from .profile import Profile
+from .results import NotMeasured, Row
 
 # Okabe and Ito's palette: told apart by the colour-blind, on white and on black
 COLOURS = {
@@ -84,14 +83,13 @@ def svg(made: Figure) -> str:
 
 
 def contenders(names: Iterable[str]) -> list[str]:
-    from .report import place
-
     return sorted(set(names), key=place)
 
 
-def speed_up(rows: Sequence["Row"], caption: str) -> Figure | None:
+def speed_up(rows: Sequence[Row], caption: str) -> Figure | None:
     """Times faster than eager timm, by model: a panel each for attention, layer and model, forward and training."""
-    wanted = [row for row in rows if row.ratio is not None and row.tokens == 196 and row.contender != EAGER]
+    ratios = speed_ups(rows)
+    wanted = [row for row in rows if row.key in ratios and row.tokens == 196 and row.contender != EAGER]
     panels = [
         (part, backward)
         for part in PARTS
@@ -110,17 +108,18 @@ def speed_up(rows: Sequence["Row"], caption: str) -> Figure | None:
         models = [model for model in ARCHITECTURES if any(row.model == model for row in wanted)]
         for ax, (part, backward) in zip(axes, panels, strict=False):
             width = 0.8 / len(names)
-            for place, name in enumerate(names):
+            for position, name in enumerate(names):
                 # a sweep measures one model at several batches: the first is the default set's
                 found = {
                     row.model: row
                     for row in reversed(wanted)
                     if (row.part, row.backward, row.contender) == (part, backward, name)
                 }
-                xs = [models.index(model) + (place - (len(names) - 1) / 2) * width for model in found]
-                ratios = [row.ratio or 0.0 for row in found.values()]
+                xs = [models.index(model) + (position - (len(names) - 1) / 2) * width for model in found]
+                shown = [ratios[row.key] for row in found.values()]
                 if found:  # an empty bar's entry in the legend would have no colour
-                    ax.bar(xs, ratios, width, color=colour(name), label=label(name))
+                    bars = ax.bar(xs, [one.times for one in shown], width, color=colour(name), label=label(name))
+                    ax.bar_label(bars, [MARK if one.doubtful else "" for one in shown], fontsize=8)
             ax.axhline(1, color=colour(EAGER), linewidth=1.5)
             ax.set_xticks(range(len(models)), [ARCHITECTURES[model].title.removeprefix("ConViT-") for model in models])
             ax.set_title(f"{PARTS[part]}, {MODES[backward]}")
@@ -130,6 +129,8 @@ def speed_up(rows: Sequence["Row"], caption: str) -> Figure | None:
         made.legend(
             [*handles.values(), axes[0].lines[0]], [*handles, label(EAGER)], loc="outside upper center", ncols=3
         )
+        if any(ratios[row.key].doubtful for row in wanted):
+            caption += f"\n{MARK}: the ways to tell disagree by more than the run's noise"
         made.supxlabel(caption, fontsize=8)
     return made
 
@@ -149,7 +150,7 @@ def fit(xs: Sequence[float], ys: Sequence[float]) -> Fit:
     return Fit(slope, math.exp(mean_y - slope * mean_x))
 
 
-def growth(rows: Sequence["Row"], not_measured: Sequence["NotMeasured"], axis: str) -> Figure | None:
+def growth(rows: Sequence[Row], not_measured: Sequence[NotMeasured], axis: str) -> Figure | None:
     """Time and memory against the tokens (batch fixed) or the batch (grid fixed), log-log, with fitted slopes.
 
     Where a contender ran out of memory its line ends in a cross. None unless some contender has three sizes.
@@ -220,7 +221,7 @@ PHASE_COLOURS = {
 WIDTH = 4.5  # inches: a figure is still legible when a narrow screen shrinks it
 
 
-def time_by_phase(found: "Profile") -> Figure:
+def time_by_phase(found: Profile) -> Figure:
     """A bar for each contender, stacked by phase, in milliseconds."""
     made, (ax,) = figure(WIDTH, 1.9 + 0.45 * len(found.contenders))
     names = [label(one.name) for one in found.contenders]
@@ -237,7 +238,7 @@ def time_by_phase(found: "Profile") -> Figure:
     return made
 
 
-def memory_over_time(found: "Profile") -> Figure:
+def memory_over_time(found: Profile) -> Figure:
     """Bytes that torch's allocator holds, from the beginning of the call to its end."""
     made, axes = figure(WIDTH, 0.7 + 1.1 * len(found.contenders), len(found.contenders))
     for ax, one in zip(axes, found.contenders, strict=True):
@@ -255,7 +256,7 @@ def memory_over_time(found: "Profile") -> Figure:
     return made
 
 
-def roofline(found: "Profile") -> Figure:
+def roofline(found: Profile) -> Figure:
     """Rate against intensity: the useful arithmetic over the bytes that a contender's operators read and write."""
     made, (ax,) = figure(WIDTH, 3.2)
     flops, points = found.task.flops(), [one for one in found.contenders if one.traffic]

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from .accuracy import Accuracy, judge, require_right
+from .compare import MEANING, times_faster
 from .contenders import ARCHITECTURES, COMPILED, EAGER, CannotRunError, Contender, Task, build, label
 from .machine import machine
 from .measure import (
@@ -271,8 +272,7 @@ def run(
     for one in profiles:
         one.seconds = samples[one.name]
         if EAGER in samples:
-            pairs = zip(samples[EAGER], one.seconds, strict=True)
-            one.eager_ratio = spread([eager / ours for eager, ours in pairs]).p50
+            one.eager_ratio = times_faster(samples[EAGER], one.seconds).times
     return Profile(
         task, profiles, left_out, arithmetic_peak(task.device, task.dtype), memory_peak(task.device), machine()
     )
@@ -324,7 +324,7 @@ def tables(found: Profile) -> list[Table | str]:
         times = f"{milliseconds(p50)} ({milliseconds(p20)}-{milliseconds(p80)})"
         totals.add_row(
             label(one.name),
-            "" if one.eager_ratio is None else f"[bold]{one.eager_ratio:.2f}x[/bold]",
+            "" if one.eager_ratio is None else f"[bold]{one.eager_ratio:.2f}[/bold]",
             times,
             f"{one.peak_memory / 1e6:.1f}",
             f"{found.task.flops() / p50 / 1e9:.1f}",
@@ -356,8 +356,8 @@ def tables(found: Profile) -> list[Table | str]:
     parts.append("\n".join(f"{phase}: {PHASES[phase]}" for phase, _ in phase_lines(found)))
     parts.append(operators)
     parts.append(
-        f"Times in the phases are {clock}, in one profiled call; the first table's are of calls without the profiler, "
-        "interleaved. MB: allocated in the phase, whether or not given back there."
+        f"Faster: {MEANING}. Times in the phases are {clock}, in one profiled call; the first table's are of calls "
+        "without the profiler, interleaved. MB: allocated in the phase, whether or not given back there."
     )
     if is_cuda(found.task.device):
         kernels = Table(title="[bold]GPU kernels[/bold]", title_justify="left", box=SIMPLE, pad_edge=False)

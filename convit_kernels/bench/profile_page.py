@@ -8,11 +8,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from . import plots
+from .compare import MEANING
 from .contenders import label
+from .machine import describe
 from .measure import milliseconds, spread
 from .phases import PHASES
 from .profile import Profile, headings, operator_name, phase_lines, top_operators
-from .report import describe
 
 _FIGURES: tuple[tuple[str, str, Callable[[Profile], Figure]], ...] = (
     ("Time by phase", "What each phase takes of one call, contender by contender.", plots.time_by_phase),
@@ -92,5 +93,6 @@ def render(found: Profile) -> str:
         names=[label(one.name) for one in found.contenders],
         operators=operators,
         figures=figures,
+        meaning=MEANING,
         left_out={label(name): reason for name, reason in found.left_out.items()},
     )
