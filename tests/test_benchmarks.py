@@ -138,21 +138,20 @@ class TestGate:
         require_right(judged)
         assert all(0 < accuracy.error <= accuracy.allowed < 1e-3 for accuracy in judged.values())
 
-    def test_the_compiler_has_twice_the_margin_and_is_held_to_it(self):
+    def test_all_are_held_to_the_same(self):
         task = Task("attention", "convit_tiny", 1, side=5)
         right, broken = build(task, EAGER), build(task, EAGER)
-        broken = broken._replace(forward=lambda: right.forward() * 1.001)
+        broken = broken._replace(forward=lambda: right.forward() * 1.0001)
         judged = judge(task, {EAGER: right, COMPILED: broken})
-        assert judged[EAGER].allowed < judged[COMPILED].allowed < 2 * judged[EAGER].allowed
+        assert judged[EAGER].allowed == judged[COMPILED].allowed
         with pytest.raises(WrongResultsError, match=r"torch\.compile: out: error"):
             require_right(judged)
 
-    @pytest.mark.parametrize("result", ["d q", "d v", "d parameters"])
+    @pytest.mark.parametrize("result", ["d q", "d v", "d gate"])
     def test_an_error_in_one_gradient_is_named(self, result):
         task = Task("attention", "convit_tiny", 1, side=5, backward=True)
         contender = build(task, "composite")
-        leaf = {"d q": "q", "d v": "v", "d parameters": "gate"}[result]
-        contender.leaves[leaf].register_hook(lambda gradient: gradient * 1.01)
+        contender.leaves[result.removeprefix("d ")].register_hook(lambda gradient: gradient * 1.001)
         judged = judge(task, {EAGER: build(task, EAGER), "composite": contender})
         with pytest.raises(WrongResultsError, match=f"ours: composite: {result}: error"):
             require_right(judged)

@@ -39,8 +39,8 @@ def tables(rows: Sequence[Row], not_measured: Sequence[NotMeasured] = ()) -> lis
         parts.append(table)
     parts.append(
         f"faster: {MEANING}; each row has its own runs of eager beside it, and eager's own row shows the noise. error: "
-        "the largest against float64, relative to that result's largest value; allowed: twice eager's, plus a few "
-        "roundings. peak MB: of torch's allocator in one call. of peak: of the rate of a large matrix product or of a "
+        "the largest against float64, relative to that result's largest value; allowed: twice what rounding gives "
+        "eager. peak MB: of torch's allocator in one call. of peak: of the rate of a large matrix product or of a "
         "large copy, whichever is nearer, measured in the same session."
     )
     if note := footnote(found.values()):
