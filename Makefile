@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SOURCES := setup.py convit_kernels/schemas.py $(wildcard csrc/*)
 
-.PHONY: demo test kernels bench results lint abi sanitize clean
+.PHONY: demo test steady kernels bench results lint abi sanitize clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -22,6 +22,10 @@ demo: $(VENV)/built
 test: $(VENV)/built
 	$(BIN)/python -m pytest tests $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted $(ARGS)
+
+# The tests of equivalence on many draws of rounding: seeds, processors, threads (ARGS=--sample: some, for each change).
+steady: $(VENV)/built
+	$(BIN)/python tests/steady.py $(ARGS)
 
 # Registers, shared memory and instructions of the Triton kernels on GPUs that need not be here, held to the budget's
 # file: all at the paper's size, and a sample of every configuration that can be chosen (ARGS=--all: each, an hour).

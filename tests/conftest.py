@@ -6,18 +6,37 @@ from pathlib import Path
 
 import pytest
 import torch
+from equivalence import shares
 
 # Triton's interpreter is chosen for a whole process: those tests have one of their own.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
-# The order of torch's sums follows the number of threads, and with it the one draw of eager's rounding that ours is
-# held to: with as many threads everywhere, a suite that passes here passes on other machines.
-torch.set_num_threads(2)
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seeds", type=int, default=1, help="Run each test with so many seeds of its random values.")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    seeds = metafunc.config.getoption("--seeds")
+    if seeds > 1:
+        metafunc.parametrize("seed", range(seeds))
+
+
+@pytest.fixture
+def seed() -> int:
+    return 0
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
+def seeded(seed: int) -> None:
+    torch.manual_seed(seed)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How near the results of the session came to what the rule of equivalence allows."""
+    if shares:
+        worst = ", ".join(f"{name} {share:.2f}" for name, share in sorted(shares.items(), key=lambda item: -item[1]))
+        terminalreporter.write_line(f"largest errors, as a part of what is allowed: {worst}")
 
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,7 @@ def check(backend, grid, dtype=torch.float32, *, batch=2, heads=3, head_dim=24, 
     assert_as_exact(with_gradients(lambda i: attend(i, grid, backend), inputs), expected)
 
 
+@pytest.mark.equivalence
 @EACH_BACKEND
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("grid", GRIDS)
@@ -35,18 +36,21 @@ def test_output_and_gradients(backend, grid, dtype):
     check(backend, grid, dtype)
 
 
+@pytest.mark.equivalence
 @EACH_BACKEND
 @pytest.mark.parametrize("head_dim", [1, 8, 40, 48, 64, 80])
 def test_head_dims(backend, head_dim):
     check(backend, (5, 6), head_dim=head_dim)
 
 
+@pytest.mark.equivalence
 @EACH_BACKEND
 @pytest.mark.parametrize("gate", [-40.0, 0.0, 40.0])
 def test_saturated_gates(backend, gate):
     check(backend, (4, 6), gate=gate)
 
 
+@pytest.mark.equivalence
 @EACH_BACKEND
 def test_large_logits(backend):
     # A fused backward recomputes probabilities from logits near 1e4 and their log-sum-exp, each rounded once.
@@ -118,6 +122,7 @@ def test_the_fast_path_is_deterministic(backend):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.equivalence
 @EACH_BACKEND
 @pytest.mark.parametrize("which", ["q", "k", "v"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -142,6 +147,7 @@ def test_an_empty_batch_gives_an_empty_output(backend):
     assert torch.equal(d_gate, torch.zeros(2))
 
 
+@pytest.mark.equivalence
 @EACH_BACKEND
 def test_mixed_precision_of_parameters(backend):
     """Under autocast q, k and v are bfloat16 and the positional parameters stay float32."""

@@ -37,6 +37,7 @@ def check(grid, dtype=torch.float32, *, batch=2, heads=3, head_dim=24, scale=Non
     assert_as_exact(with_gradients(lambda i: attend(i, grid, scale), inputs), expected)
 
 
+@pytest.mark.equivalence
 @pytest.mark.usefixtures("instruction_set")
 class TestEquivalence:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -104,6 +105,7 @@ class TestEquivalence:
         assert ((squares[0] / squares[1]).sqrt() < 1.5).all()
 
 
+@pytest.mark.equivalence
 @pytest.mark.usefixtures("instruction_set")
 class TestExtremes:
     def test_logits_of_ten_thousand(self):

@@ -95,6 +95,7 @@ class TestParameters:
         assert {p.device.type for p in ck.GPSA(32, 4, device="meta").parameters()} == {"meta"}
 
 
+@pytest.mark.equivalence
 class TestAgainstTimm:
     @pytest.mark.parametrize("backend", AVAILABLE)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -36,6 +36,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(2, 5), (1, 1), (3, 49)])

@@ -48,6 +48,7 @@ def test_factors_multiply_to_the_positional_attention(tables, grid):
     )
 
 
+@pytest.mark.equivalence
 @BOTH
 def test_float32_is_as_accurate_as_one_softmax_over_the_grid(tables):
     pos_weight = torch.randn(9, 3)
@@ -55,6 +56,7 @@ def test_float32_is_as_accurate_as_one_softmax_over_the_grid(tables):
     assert_as_exact({"table": product(*tables(pos_weight, 14, 14))}, rule)
 
 
+@pytest.mark.equivalence
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_gradient_equals_autograd_through_the_whole_grid(grid, dtype):

@@ -128,6 +128,7 @@ class TestWholeModel:
         assert [type(block.attn).__name__ for block in model.blocks] == ["GPSA", "GPSA", "GPSA", "MHSA"]
         assert all(isinstance(block.attn, ck.GPSA) for block in model.blocks[:3])
 
+    @pytest.mark.equivalence
     @torch.no_grad()
     def test_logits(self):
         model, images = self.model(), torch.randn(2, 3, 224, 224)
