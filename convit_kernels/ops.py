@@ -17,6 +17,7 @@ from . import (
     eager_tables,
     extension,  # noqa: F401  (loading it registers the native kernels)
 )
+from .inputs import Inputs
 from .schemas import SCHEMAS
 
 NAMESPACE = "convit_kernels"
@@ -67,18 +68,9 @@ def _dense_fake(pos_weight: Tensor, height: int, width: int, dtype: torch.dtype)
     return pos_weight.new_empty(pos_weight.shape[0], tokens, columns, dtype=dtype)
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_weight: Tensor,
-    gate: Tensor,
-    grid: tuple[int, int],
-    scale: float,
-    dropout_p: float = 0.0,
-    philox: Tensor | None = None,
-) -> Tensor:
+def attend(inputs: Inputs, philox: Tensor | None = None) -> Tensor:
     """`gated_attention`'s output, with the parameters in the dtype it takes and nothing kept that no gradient needs."""
+    q, k, v, pos_weight, gate, grid, scale, dropout_p = inputs
     dtype = torch.promote_types(q.dtype, torch.float32)
     need_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, pos_weight, gate))
     out, *_ = gated_attention(q, k, v, pos_weight.to(dtype), gate.to(dtype), *grid, scale, dropout_p, philox, need_grad)

@@ -170,7 +170,10 @@ def test_mixed_precision_of_parameters(backend):
 
 
 class TestDropout:
-    @EACH_BACKEND
+    WITH = pytest.mark.parametrize("backend", ["reference", None])
+    WITHOUT = pytest.mark.parametrize("backend", [name for name in ("cpu", "composite") if name in AVAILABLE])
+
+    @WITH
     def test_the_mask_is_that_of_the_reference_layer(self, backend):
         """Dropout acts on the mixed map, with torch's own generator: the same seed drops the same entries."""
         inputs = make_inputs(2, 3, (4, 5), 8)
@@ -182,7 +185,7 @@ class TestDropout:
         expected = torch.nn.functional.dropout(mixed, 0.3) @ inputs.v
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
-    @EACH_BACKEND
+    @WITH
     def test_gradients_under_the_mask(self, backend):
         inputs = make_inputs(1, 2, (3, 4), 4, torch.float64)
 
@@ -191,6 +194,19 @@ class TestDropout:
             return ck.gpsa_attention(*args, grid_size=(3, 4), dropout_p=0.4, backend=backend)
 
         assert torch.autograd.gradcheck(dropped, [tensor.clone().requires_grad_() for tensor in inputs[:5]])
+
+    @WITHOUT
+    def test_a_backend_without_it_says_so_and_which_one_has_it(self, backend):
+        inputs = make_inputs(1, 2, (3, 4), 4)
+        with pytest.raises(RuntimeError, match=rf"'{backend}' cannot.*dropout.*backend=None would take 'reference'"):
+            attend(inputs, (3, 4), backend, dropout_p=0.4)
+
+    @WITHOUT
+    def test_a_layer_that_asks_for_such_a_backend_runs_in_evaluation_and_refuses_to_train(self, backend):
+        layer, x = ck.GPSA(16, 2, attn_drop=0.5, backend=backend), torch.randn(1, 9, 16)
+        assert layer.eval()(x).shape == (1, 9, 16)
+        with pytest.raises(RuntimeError, match=f"'{backend}' cannot.*dropout"):
+            layer.train()(x)
 
 
 class TestMemory:

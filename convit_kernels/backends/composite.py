@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..inputs import Inputs
 from ..relpos import relative_position_tables
 
 
@@ -22,18 +23,14 @@ def _positional_values(v: Tensor, row_table: Tensor, col_table: Tensor) -> Tenso
     return (row_table @ by_row).reshape(batch, heads, tokens, head_dim)
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_weight: Tensor,
-    gate: Tensor,
-    grid: tuple[int, int],
-    scale: float,
-    dropout_p: float,
-) -> Tensor:
-    if dropout_p > 0:
-        raise NotImplementedError("one dropout mask for both maps needs the map itself: use the reference backend")
+def why_not(inputs: Inputs | None) -> str:
+    if inputs is not None and inputs.dropout_p > 0:
+        return "dropout acts on the mixed map, which is never built"
+    return ""
+
+
+def attention(inputs: Inputs) -> Tensor:
+    q, k, v, pos_weight, gate, grid, scale, _ = inputs
     row_table, col_table = relative_position_tables(pos_weight.to(torch.promote_types(pos_weight.dtype, v.dtype)), grid)
     g = torch.sigmoid(gate.to(row_table.dtype))[:, None, None]
     content = F.scaled_dot_product_attention(q, k, v, scale=scale)
