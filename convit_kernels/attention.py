@@ -90,13 +90,16 @@ def gpsa_attention(
         backend: a name from `backends()`; None chooses the fastest that can run.
 
     Returns:
-        (B, H, N, D) in q's dtype.
+        (B, H, N, D) in q's dtype. Every backend has the first derivative backwards, "reference" has all of them.
+        backend=None finds one for forward-mode differentiation and torch.func by itself; for a second backward pass
+        outside of torch.func name "reference".
 
     Raises:
         TypeError: something is no floating-point tensor, or q, k and v differ in dtype.
         ValueError: shapes, devices, the grid, dropout_p or the backend's name do not fit; the text says what does.
         RuntimeError: the backend asked for cannot run on this machine, or cannot do what is asked, dropout for example;
             the text says why, and what backend=None would take.
+        NotImplementedError: in a second backward pass, by "triton" and "cpu" and, with PyTorch's own text, "composite".
     """
     inputs = checked(q, k, v, pos_weight, gate, grid_size, scale, dropout_p)
     return _choose(backend, inputs).attention(inputs)

@@ -33,7 +33,7 @@ def relative_position_tables(pos_weight: Tensor, grid_size: int | Sequence[int])
 
     Returns:
         row_table (heads, height, height) and col_table (heads, width, width), float64 for a float64 weight, else
-        float32. Every row sums to 1. Differentiable, twice if need be.
+        float32. Every row sums to 1. Differentiable any number of times, forwards too, and under torch.func.
 
     Raises:
         TypeError: pos_weight is no floating-point tensor, or grid_size is no int or pair of ints.
@@ -42,8 +42,8 @@ def relative_position_tables(pos_weight: Tensor, grid_size: int | Sequence[int])
     height, width = parse_grid(grid_size)
     pos_weight = _checked_weight(pos_weight)
     # an exported program must run where this package is not
-    exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
-    function = eager_tables.relative_position_tables if exporting else ops.relative_position_tables
+    plain = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or ops.why_not(pos_weight)
+    function = eager_tables.relative_position_tables if plain else ops.relative_position_tables
     row_table, col_table = function(pos_weight, height, width)
     return row_table, col_table
 
@@ -65,5 +65,7 @@ def dense_position_table(
     height, width = parse_grid(grid_size)
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"the dense table's dtype must be float32, float16 or bfloat16, but is {dtype}")
-    table: Tensor = ops.dense_position_table(_checked_weight(pos_weight), height, width, dtype)
+    pos_weight = _checked_weight(pos_weight)
+    function = eager_tables.dense_position_table if ops.why_not(pos_weight) else ops.dense_position_table
+    table: Tensor = function(pos_weight, height, width, dtype)
     return table

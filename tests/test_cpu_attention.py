@@ -323,6 +323,12 @@ class TestOperator:
         assert content.numel() == 0
         assert ops.gated_attention(q, k, v, pos_weight, gate, *settings, False)[1].numel() == 0
 
+    def test_only_the_output_is_differentiable(self):
+        """What is kept for the backward has no gradient of its own, and says so."""
+        leaves, settings = self.arguments()
+        out, lse, content = ops.gated_attention(*leaves, *settings, True)
+        assert [result.requires_grad for result in (out, lse, content)] == [True, False, False]
+
     @pytest.mark.parametrize(
         ("changes", "text"),
         [

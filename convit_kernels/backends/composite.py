@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops
 from ..inputs import Inputs
 from ..relpos import relative_position_tables
 
@@ -23,6 +24,15 @@ def _positional_values(v: Tensor, row_table: Tensor, col_table: Tensor) -> Tenso
     return (row_table @ by_row).reshape(batch, heads, tokens, head_dim)
 
 
+def _content(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """(B, H, N, D): the content attention applied to v."""
+    if ops.why_not(q, k, v):  # PyTorch's fused attention has no forward-mode and no second derivative either
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        q, k, values = (tensor.to(dtype) for tensor in (q, k, v))
+        return (((q @ k.mT) * scale).softmax(dim=-1) @ values).to(v.dtype)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
 def why_not(inputs: Inputs | None) -> str:
     if inputs is not None and inputs.dropout_p > 0:
         return "dropout acts on the mixed map, which is never built"
@@ -33,7 +43,10 @@ def attention(inputs: Inputs) -> Tensor:
     q, k, v, pos_weight, gate, grid, scale, _ = inputs
     row_table, col_table = relative_position_tables(pos_weight.to(torch.promote_types(pos_weight.dtype, v.dtype)), grid)
     g = torch.sigmoid(gate.to(row_table.dtype))[:, None, None]
-    content = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    content = _content(q, k, v, scale)
     position = _positional_values(v, (g * row_table).to(v.dtype), col_table.to(v.dtype))
-    # the content's memory layout is the one the output projection reads: the sum keeps it
-    return (content * (1 - g).to(v.dtype)).add_(position)
+    content = content * (1 - g).to(v.dtype)
+    # Its memory layout is the one the output projection reads, and the sum keeps it. In place, except where the
+    # position may be more than the content is: have a dimension of vmap's, or be of a subclass.
+    in_place = type(position) is type(content) and not ops.transformed()
+    return content.add_(position) if in_place else content + position

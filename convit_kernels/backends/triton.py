@@ -29,7 +29,7 @@ def why_not(inputs: Inputs | None) -> str:
         return f"head_dim is at most {MAX_HEAD_DIM}, not {q.shape[3]}"
     if q.shape[2] > MAX_TOKENS:
         return f"a grid has at most {MAX_TOKENS} tokens, not {q.shape[2]}"
-    return ""
+    return ops.why_not(*inputs[:5])
 
 
 def attention(inputs: Inputs) -> Tensor:
