@@ -71,7 +71,7 @@ def gpsa_attention(
     gate: Tensor,
     *,
     grid_size: GridSize = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
@@ -84,7 +84,8 @@ def gpsa_attention(
         pos_weight: (H, 3), the reference layer's `pos_proj.weight`.
         gate: (H,), the raw gating parameter, before the sigmoid.
         grid_size: (height, width) with height * width == N, one int for a square grid, or None: square.
-        scale: of the content logits; default D ** -0.5.
+        scale: of the content logits; default D ** -0.5. A tensor of a shape that broadcasts to (B, H, N, 1), one factor
+            or one a head for example, is rounded to q's dtype and gets its gradient.
         dropout_p: probability that an entry of the mixed map A is dropped, in [0, 1). The other entries grow by
             1 / (1 - dropout_p). Only "reference" and "triton" have it, each with a mask of its own.
         backend: a name from `backends()`; None chooses the fastest that can run.
@@ -95,8 +96,8 @@ def gpsa_attention(
         outside of torch.func name "reference".
 
     Raises:
-        TypeError: something is no floating-point tensor, or q, k and v differ in dtype.
-        ValueError: shapes, devices, the grid, dropout_p or the backend's name do not fit; the text says what does.
+        TypeError: something is no dense floating-point tensor or no number, or q, k and v differ in dtype.
+        ValueError: shapes, devices, grid, scale, dropout_p or the backend's name do not fit; the text says what does.
         RuntimeError: the backend asked for cannot run on this machine, or cannot do what is asked, dropout for example;
             the text says why, and what backend=None would take.
         NotImplementedError: in a second backward pass, by "triton" and "cpu" and, with PyTorch's own text, "composite".

@@ -19,6 +19,8 @@ def _checked_weight(pos_weight: Tensor) -> Tensor:
         raise TypeError(f"pos_weight must be a tensor, but is a {type(pos_weight).__name__}")
     if not pos_weight.is_floating_point():
         raise TypeError(f"pos_weight must have a floating-point dtype, but has {pos_weight.dtype}")
+    if pos_weight.layout is not torch.strided:
+        raise TypeError(f"pos_weight must be a dense tensor, but is {pos_weight.layout}: pass pos_weight.to_dense()")
     if pos_weight.dim() != 2 or pos_weight.shape[1] != 3:
         raise ValueError(f"pos_weight must have shape (heads, 3), but has {tuple(pos_weight.shape)}")
     return pos_weight if pos_weight.dtype == torch.float64 else pos_weight.float()
@@ -36,7 +38,7 @@ def relative_position_tables(pos_weight: Tensor, grid_size: int | Sequence[int])
         float32. Every row sums to 1. Differentiable any number of times, forwards too, and under torch.func.
 
     Raises:
-        TypeError: pos_weight is no floating-point tensor, or grid_size is no int or pair of ints.
+        TypeError: pos_weight is no dense floating-point tensor, or grid_size is no int or pair of ints.
         ValueError: pos_weight is not (heads, 3), or a side of the grid is smaller than 1.
     """
     height, width = parse_grid(grid_size)
@@ -59,7 +61,7 @@ def dense_position_table(
         dtype: float32, float16 or bfloat16; the arithmetic is done in pos_weight's own precision.
 
     Raises:
-        TypeError: pos_weight is no floating-point tensor, grid_size no int or pair of ints, or dtype none of the three.
+        TypeError: pos_weight is no dense floating-point tensor, grid_size no int or pair of ints, or dtype another one.
         ValueError: pos_weight is not (heads, 3), or a side of the grid is smaller than 1.
     """
     height, width = parse_grid(grid_size)

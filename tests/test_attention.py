@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from equivalence import Inputs, assert_as_exact, eager_attention, make_inputs, with_gradients
@@ -487,6 +488,75 @@ class TestUnusualTensors:
         assert out.is_meta and out.shape == leaves[0].shape
 
 
+class TestScale:
+    SHAPES = pytest.mark.parametrize("shape", [(), (1,), (2, 1, 1), (1, 2, 1, 1), (3, 1, 1, 1), (6, 1), (3, 2, 6, 1)])
+
+    @EACH_BACKEND
+    @SHAPES
+    def test_a_tensor_multiplies_the_logits_and_gets_its_gradient(self, backend, shape):
+        inputs = make_inputs(3, 2, (2, 3), 4, torch.float64)
+        scale = torch.rand(shape, dtype=torch.float64) + 0.5
+        results = []
+        for function in (lambda i, s: attend(i, (2, 3), backend, scale=s), lambda i, s: eager_attention(i, (2, 3), s)):
+            leaf = scale.clone().requires_grad_()
+            results.append([*with_gradients(lambda i, f=function, leaf=leaf: f(i, leaf), inputs)])
+            results[-1].append(torch.autograd.grad(function(inputs, leaf), leaf, inputs.grad)[0])
+        torch.testing.assert_close(*results, rtol=1e-9, atol=1e-10)
+
+    @EACH_BACKEND
+    @pytest.mark.parametrize("kind", [torch.nn.Parameter, torch.Tensor.float, torch.Tensor.double, torch.Tensor.item])
+    def test_a_factor_in_any_form_is_that_number(self, backend, kind):
+        inputs = make_inputs(1, 2, (2, 3), 4)
+        found = attend(inputs, (2, 3), backend, scale=kind(torch.tensor(0.25)))
+        torch.testing.assert_close(found, attend(inputs, (2, 3), "reference", scale=0.25))
+        assert found.dtype == torch.float32
+
+    @EACH_BACKEND
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_a_tensor_of_another_dtype_leaves_the_output_s(self, backend, dtype):
+        inputs = make_inputs(2, 2, (2, 3), 8, dtype)
+        scale = torch.tensor([0.25, 0.5]).view(2, 1, 1)
+        found = attend(inputs, (2, 3), backend, scale=scale)
+        assert found.dtype == dtype
+        exact = eager_attention(inputs.to(torch.float64), (2, 3), scale.double())
+        assert (found - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
+
+    @EACH_BACKEND
+    @pytest.mark.parametrize("scale", [0, 1, -0.3, np.float32(0.5), np.float64(-0.5), 0.0])
+    def test_any_finite_number(self, backend, scale):
+        inputs = make_inputs(1, 2, (2, 3), 4)
+        expected = eager_attention(inputs, (2, 3), float(scale))
+        torch.testing.assert_close(attend(inputs, (2, 3), backend, scale=scale), expected)
+
+    @EACH_BACKEND
+    @pytest.mark.parametrize("way", ["jacrev", "jvp", "dual tensors"])
+    def test_its_derivative_by_any_means(self, backend, way):
+        """The tensor passes on to q what it carries."""
+        leaves, _ = leaves_and_tangents()
+        scale = torch.tensor(0.5, dtype=torch.float64)
+        derivatives = DERIVATIVES | {"jacrev": lambda f, leaves, _: func.jacrev(f)(*leaves)}
+
+        def results(name):
+            def function(scale):
+                return ck.gpsa_attention(*leaves, grid_size=(2, 3), scale=scale, backend=name)
+
+            return derivatives[way](function, [scale], [torch.ones_like(scale)])
+
+        if backend in ("cpu", "triton"):
+            with pytest.raises(RuntimeError, match="backend=None would take"):
+                results(backend)
+        else:
+            torch.testing.assert_close(results(backend), results("reference"), rtol=1e-9, atol=1e-10)
+
+    @EACH_BACKEND
+    def test_in_a_compiled_graph(self, backend):
+        inputs, scale = make_inputs(1, 2, (2, 3), 4), torch.tensor([0.5, 0.25]).view(2, 1, 1)
+        torch.compiler.reset()
+        compiled = torch.compile(lambda i, s: attend(i, (2, 3), backend, scale=s), fullgraph=True, backend="aot_eager")
+        for value in (scale, 0.3):
+            torch.testing.assert_close(compiled(inputs, value), eager_attention(inputs, (2, 3), value))
+
+
 class TestMemory:
     def test_composite_builds_no_map(self):
         """No tensor with as many elements as one N x N map, forward or backward, is ever allocated."""
@@ -599,6 +669,26 @@ class TestBadInput:
             ({"dropout_p": 1.0}, ValueError, r"\[0, 1\).*1.0"),
             ({"dropout_p": -0.1}, ValueError, r"\[0, 1\).*-0.1"),
             ({"dropout_p": math.nan}, ValueError, "nan"),
+            ({"dropout_p": None}, TypeError, "dropout_p must be a number.*None"),
+            ({"dropout_p": "0.1"}, TypeError, "dropout_p must be a number.*'0.1'"),
+            ({"dropout_p": False}, TypeError, "dropout_p must be a number.*False"),
+            ({"scale": True}, TypeError, "scale must be a number.*True"),
+            ({"scale": "0.5"}, TypeError, "scale must be a number.*'0.5'"),
+            ({"scale": 1j}, TypeError, "scale must be a number.*1j"),
+            ({"scale": math.nan}, ValueError, "scale must be finite.*nan"),
+            ({"scale": -math.inf}, ValueError, "scale must be finite.*-inf"),
+            ({"scale": torch.tensor(1)}, TypeError, "scale must be float16.*torch.int64"),
+            ({"scale": torch.ones(3, 1, 1, dtype=torch.complex64)}, TypeError, "scale must be float16.*complex64"),
+            ({"scale": torch.ones(3)}, ValueError, r"broadcasts to \(2, 3, 16, 1\).*\(3, 1, 1\).*has \(3,\)"),
+            ({"scale": torch.ones(16, 16)}, ValueError, r"broadcasts to.*has \(16, 16\)"),
+            ({"scale": torch.ones(2, 1, 1)}, ValueError, r"broadcasts to.*has \(2, 1, 1\)"),
+            ({"scale": torch.ones(1, 2, 3, 1, 1)}, ValueError, r"broadcasts to.*has \(1, 2, 3, 1, 1\)"),
+            ({"scale": torch.ones(3, 1, 1, device="meta")}, ValueError, "scale is on meta.*cpu"),
+            ({"q": torch.randn(2, 3, 16, 8).to_sparse()}, TypeError, "q must be a dense tensor.*sparse_coo.*to_dense"),
+            ({"q": torch.randn(2, 3, 16, 8).to_mkldnn()}, TypeError, "q must be a dense tensor.*mkldnn"),
+            ({"pos_weight": torch.randn(3, 3).to_sparse_csr()}, TypeError, "pos_weight must be a dense.*sparse_csr"),
+            ({"q": torch.nested.nested_tensor([torch.randn(3, 16, 8)])}, TypeError, "q must be a dense.*nested"),
+            ({"grid_size": (16, True)}, TypeError, "pair of ints.*True"),
         ],
     )
     def test_error(self, changes, error, text):

@@ -256,6 +256,8 @@ def test_one_int_is_a_square_grid_and_no_heads_are_fine():
         (torch.randn(3), (2, 2), ValueError, r"\(heads, 3\).*\(3,\)"),
         (torch.ones(4, 3, dtype=torch.int64), (2, 2), TypeError, "floating-point.*int64"),
         ([[1.0, 2.0, 3.0]], (2, 2), TypeError, "list"),
+        (torch.randn(4, 3).to_sparse(), (2, 2), TypeError, "dense.*sparse_coo.*to_dense"),
+        (torch.randn(4, 3), (True, 2), TypeError, "True"),
         (torch.randn(4, 3), (2, 0), ValueError, r"\(2, 0\)"),
         (torch.randn(4, 3), (2, 2, 2), TypeError, r"\(2, 2, 2\)"),
         (torch.randn(4, 3), "22", TypeError, "'22'"),
