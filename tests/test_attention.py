@@ -1,5 +1,6 @@
 """gpsa_attention: exact on every backend, for every shape, and clear about what it cannot take."""
 
+import itertools
 import math
 import re
 
@@ -18,6 +19,8 @@ import convit_kernels as ck
 
 AVAILABLE = [backend.name for backend in ck.backends() if backend.available]
 EACH_BACKEND = pytest.mark.parametrize("backend", AVAILABLE)
+FAST = [name for name in AVAILABLE if name != "reference"]
+EACH_FAST_BACKEND = pytest.mark.parametrize("backend", FAST)
 GRIDS = [(1, 1), (1, 7), (3, 5), (14, 14), (8, 18), (18, 8)]
 
 
@@ -150,6 +153,75 @@ def test_non_finite_inputs_spread_as_in_the_reference_layer(backend, which, valu
     assert not torch.isfinite(expected).all()
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.isinf(), expected.isinf())
+
+
+SPOILED = {
+    "one entry": (0, 0, -1, 1),
+    "a token": (0, 0, -1),
+    "a channel of all tokens": (0, 0, slice(None), 1),
+    "a head": (0, 0),
+    "all tokens but one": (0, 0, slice(1, None), 1),
+}
+
+
+def spoil(tensor, where, value):
+    """A copy with `value` there; "two signs" has it in one token and its opposite in another."""
+    tensor = tensor.clone()
+    if tensor.dim() < 4:
+        tensor[0, ...] = value
+    elif where == "two signs":
+        tensor[0, 0, 0, 0], tensor[0, 0, -1, 1] = -value, value
+    else:
+        tensor[SPOILED[where]] = value
+    return tensor
+
+
+class TestNonFinite:
+    @EACH_FAST_BACKEND
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("grid", [(1, 1), (1, 3), (3, 4), (4, 5), (10, 10)])
+    @pytest.mark.parametrize("which", ["q", "k", "v", "pos_weight", "gate"])
+    def test_values_spread_as_in_the_reference(self, backend, dtype, grid, which):
+        """On every processor: 1 to 100 keys are fewer and more than its vectors have lanes."""
+        inputs = make_inputs(1, 2, grid, 4, dtype)
+        for where, value, scale in itertools.product(
+            (*SPOILED, "two signs"), (math.nan, math.inf, -math.inf), (0.5, -0.5, 0.0)
+        ):
+            spoiled = inputs._replace(**{which: spoil(getattr(inputs, which), where, value)})
+            found, expected = (attend(spoiled, grid, name, scale=scale) for name in (backend, "reference"))
+            case = f"{value} in {where} with scale {scale}"
+            assert torch.equal(found.isfinite(), expected.isfinite()), case
+            if which != "v":  # where one of the two maps is zero in its own dtype, an infinity of v is NaN there
+                assert torch.equal(found.isnan(), expected.isnan()), case
+            tolerance = {"rtol": 0.05, "atol": 0.05}
+            torch.testing.assert_close(found[expected.isfinite()], expected[expected.isfinite()], **tolerance, msg=case)
+
+    @EACH_FAST_BACKEND
+    @pytest.mark.parametrize("grid", [(1, 1), (3, 4), (4, 5)])
+    @pytest.mark.parametrize("which", ["q", "k", "v"])
+    def test_no_gradient_is_finite_where_the_reference_s_is_not(self, backend, grid, which):
+        inputs = make_inputs(1, 2, grid, 4)
+        for where, value in itertools.product(SPOILED, (math.nan, math.inf, -math.inf)):
+            spoiled = inputs._replace(**{which: spoil(getattr(inputs, which), where, value)})
+            found, expected = (
+                with_gradients(lambda i, b=b: attend(i, grid, b), spoiled) for b in (backend, "reference")
+            )
+            for mine, truth in zip(found, expected, strict=True):
+                assert not (mine.isfinite() & ~truth.isfinite()).any(), f"{value} in {where}"
+
+    @EACH_FAST_BACKEND
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("which", ["q", "k"])
+    def test_the_largest_finite_numbers_are_finite(self, backend, dtype, which):
+        """Opposite ones in one token, whose products with small numbers cancel."""
+        inputs = make_inputs(1, 2, (3, 4), 4, dtype)
+        largest = getattr(inputs, which).clone()
+        largest[..., 0], largest[..., 1] = torch.finfo(dtype).max, -torch.finfo(dtype).max
+        other = {"q": "k", "k": "q"}[which]
+        small = getattr(inputs, other) * torch.finfo(dtype).smallest_normal
+        small[..., 1] = small[..., 0]
+        inputs = inputs._replace(**{which: largest, other: small})
+        assert attend(inputs, (3, 4), backend).isfinite().all()
 
 
 @EACH_BACKEND
@@ -303,7 +375,7 @@ class TestDerivatives:
 
     @pytest.mark.parametrize("way", DERIVATIVES)
     @pytest.mark.parametrize("trainable", [False, True])
-    @pytest.mark.parametrize("backend", [None, *AVAILABLE])
+    @pytest.mark.parametrize("backend", [None, *FAST])
     def test_all_there_are(self, way, trainable, backend):
         leaves, tangents = leaves_and_tangents(requires_grad=trainable)
 

@@ -2,7 +2,12 @@
 
 The output is linear in the two maps, so O = (1 - g) * SDPA(q, k, v) + g * (row_table x col_table) V exactly, and the
 positional half costs N * (height + width) * head_dim per head and image instead of N * N * head_dim. No N x N tensor.
+
+The output is NaN or infinite where the reference's is. One exception: an infinity of v gives NaN, not infinity, where
+one of the two maps has become zero in v's dtype.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +27,22 @@ def _positional_values(v: Tensor, row_table: Tensor, col_table: Tensor) -> Tenso
     mixed = (col_table @ by_column).reshape(batch, heads, width, height, head_dim)
     by_row = mixed.transpose(2, 3).flatten(3)
     return (row_table @ by_row).reshape(batch, heads, tokens, head_dim)
+
+
+def _rows(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """(B, H, N, 1): NaN for the queries whose content softmax is NaN because q or k is not finite, else 1.
+
+    PyTorch's fused attention loses many of them on the way, and takes a query whose scores are all -inf for one that
+    sees no key. A softmax is NaN where a score is NaN or +inf, or all are -inf. A score is NaN or +inf when the product
+    of a channel is, which the largest and the smallest key of each channel tell.
+    """
+    q, k = q.detach(), k.detach()
+    largest, smallest = k.amax(dim=-2, keepdim=True), k.amin(dim=-2, keepdim=True)
+    # 0 for a channel whose keys are finite, else their infinity, NaN for both of them
+    channel = (largest - largest.nan_to_num()) + (smallest - smallest.nan_to_num())
+    scores = (q * channel).sum(dim=-1, keepdim=True) * scale  # 0, -inf, or +inf or NaN where a score is; NaN by q alone
+    finite_keys = (k * 0).sum(dim=-1, keepdim=True).nan_to_num(nan=-math.inf).amax(dim=-2, keepdim=True)  # 0 or -inf
+    return 1 + 0 * (scores.clamp(min=0) + finite_keys)
 
 
 def _content(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -45,7 +66,7 @@ def attention(inputs: Inputs) -> Tensor:
     g = torch.sigmoid(gate.to(row_table.dtype))[:, None, None]
     content = _content(q, k, v, scale)
     position = _positional_values(v, (g * row_table).to(v.dtype), col_table.to(v.dtype))
-    content = content * (1 - g).to(v.dtype)
+    content = content * ((1 - g).to(v.dtype) * _rows(q, k, scale))
     # Its memory layout is the one the output projection reads, and the sum keeps it. In place, except where the
     # position may be more than the content is: have a dimension of vmap's, or be of a subclass.
     in_place = type(position) is type(content) and not ops.transformed()
