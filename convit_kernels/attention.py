@@ -100,7 +100,8 @@ def gpsa_attention(
         ValueError: shapes, devices, grid, scale, dropout_p or the backend's name do not fit; the text says what does.
         RuntimeError: the backend asked for cannot run on this machine, or cannot do what is asked, dropout for example;
             the text says why, and what backend=None would take.
-        NotImplementedError: in a second backward pass, by "triton" and "cpu" and, with PyTorch's own text, "composite".
+        NotImplementedError: in a second backward pass through "triton" or "cpu". PyTorch's fused attention, and so
+            "composite", has a RuntimeError of its own for it.
     """
     inputs = checked(q, k, v, pos_weight, gate, grid_size, scale, dropout_p)
     return _choose(backend, inputs).attention(inputs)

@@ -184,9 +184,8 @@ class TestNonFinite:
     def test_values_spread_as_in_the_reference(self, backend, dtype, grid, which):
         """On every processor: 1 to 100 keys are fewer and more than its vectors have lanes."""
         inputs = make_inputs(1, 2, grid, 4, dtype)
-        for where, value, scale in itertools.product(
-            (*SPOILED, "two signs"), (math.nan, math.inf, -math.inf), (0.5, -0.5, 0.0)
-        ):
+        cases = itertools.product((*SPOILED, "two signs"), (math.nan, math.inf, -math.inf))
+        for (where, value), scale in zip(cases, itertools.cycle((0.5, -0.5, 0.0, -0.5)), strict=False):
             spoiled = inputs._replace(**{which: spoil(getattr(inputs, which), where, value)})
             found, expected = (attend(spoiled, grid, name, scale=scale) for name in (backend, "reference"))
             case = f"{value} in {where} with scale {scale}"
@@ -195,6 +194,19 @@ class TestNonFinite:
                 assert torch.equal(found.isnan(), expected.isnan()), case
             tolerance = {"rtol": 0.05, "atol": 0.05}
             torch.testing.assert_close(found[expected.isfinite()], expected[expected.isfinite()], **tolerance, msg=case)
+
+    def test_compiled_code_does_not_simplify_them_away(self):
+        inputs = make_inputs(1, 2, (3, 4), 4)
+        compiled = torch.compile(lambda i: attend(i, (3, 4), "composite"), fullgraph=True)
+        for which, where, value in (
+            ("q", "one entry", math.nan),
+            ("k", "a head", -math.inf),
+            ("k", "a token", math.inf),
+        ):
+            spoiled = inputs._replace(**{which: spoil(getattr(inputs, which), where, value)})
+            expected = attend(spoiled, (3, 4), "reference")
+            assert expected.isnan().any()
+            assert torch.equal(compiled(spoiled).isnan(), expected.isnan())
 
     @EACH_FAST_BACKEND
     @pytest.mark.parametrize("grid", [(1, 1), (3, 4), (4, 5)])
@@ -244,6 +256,19 @@ def test_mixed_precision_of_parameters(backend):
     assert ours[0].dtype == torch.bfloat16
     assert ours[4].dtype == torch.float32
     assert_as_exact(ours[:4], eager[:4], exact[:4])
+
+
+@EACH_BACKEND
+@pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_output_has_q_s_dtype_within_autocast_too(backend, autocast, dtype):
+    inputs = make_inputs(2, 2, (3, 4), 8, dtype)
+    with torch.autocast("cpu", dtype=autocast):
+        found = with_gradients(lambda i: attend(i, (3, 4), backend), inputs)
+    assert {result.dtype for result in found} == {dtype}
+    torch.testing.assert_close(
+        found[0].double(), eager_attention(inputs.to(torch.float64), (3, 4), 8**-0.5), rtol=0.05, atol=0.05
+    )
 
 
 class TestDropout:

@@ -70,4 +70,5 @@ def attention(inputs: Inputs) -> Tensor:
     # Its memory layout is the one the output projection reads, and the sum keeps it. In place, except where the
     # position may be more than the content is: have a dimension of vmap's, or be of a subclass.
     in_place = type(position) is type(content) and not ops.transformed()
-    return content.add_(position) if in_place else content + position
+    out = content.add_(position) if in_place else content + position
+    return out.to(v.dtype)  # autocast may have made of two half precisions what holds both
