@@ -18,7 +18,7 @@ def parse_grid(grid_size: int | Sequence[int]) -> tuple[int, int]:
         isinstance(grid_size, (bool, str))
         or not isinstance(pair, Sequence)
         or len(pair) != 2
-        or not all(isinstance(side, int) for side in pair)
+        or not all(isinstance(side, int) and not isinstance(side, bool) for side in pair)
     ):
         raise TypeError(f"grid_size must be an int or a pair of ints (height, width), but is {grid_size!r}")
     height, width = pair

@@ -12,15 +12,64 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 
 from . import (
     eager_tables,
     extension,  # noqa: F401  (loading it registers the native kernels)
 )
+from .inputs import Inputs
 from .schemas import SCHEMAS
 
 NAMESPACE = "convit_kernels"
-_library = torch.library.Library(NAMESPACE, "DEF")
+
+_DERIVING = (TransformType.Grad, TransformType.Jvp)
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func, vmap among them, is at work."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def why_not(*tensors: Tensor) -> str:
+    """Why the ops cannot compute with these tensors as they are being differentiated; "" when they can.
+
+    The ops have first derivatives, backwards. torch.func's transforms cannot use those, and a tangent of forward-mode
+    differentiation would get lost: both have to go to plain PyTorch. vmap alone is no obstacle.
+    """
+    if transformed() and (
+        torch.compiler.is_compiling()  # which does not follow a question for the transforms
+        or any(one.key() in _DERIVING for one in torch._C._functorch.get_interpreter_stack())
+    ):
+        return "the fused kernels have no derivatives for torch.func.grad, jvp and their like"
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        return "the fused kernels have no forward-mode derivative, and an input carries a tangent"
+    return ""
+
+
+def _guarded(name: str, autograd: Callable[..., Any]) -> Callable[..., Any]:
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if reason := why_not(*(value for value in args if isinstance(value, Tensor))):
+            raise RuntimeError(
+                f"{NAMESPACE}::{name} cannot do this: {reason}. gpsa_attention(backend=None), relative_position_tables "
+                "and dense_position_table go to plain PyTorch there"
+            )
+        return autograd(keyset, *args)
+
+    return kernel
+
+
+class _Library(torch.library.Library):
+    """One whose derivatives refuse what `why_not` names, also where an op is called by hand."""
+
+    def impl(self, op_name: str, fn: Callable[..., Any], dispatch_key: str = "", **options: Any) -> None:
+        if dispatch_key == "Autograd":  # what register_autograd makes of a formula
+            fn = _guarded(op_name, fn)
+        super().impl(op_name, fn, dispatch_key, **options)  # type: ignore[no-untyped-call]
+
+
+_library: torch.library.Library = _Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -67,20 +116,12 @@ def _dense_fake(pos_weight: Tensor, height: int, width: int, dtype: torch.dtype)
     return pos_weight.new_empty(pos_weight.shape[0], tokens, columns, dtype=dtype)
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_weight: Tensor,
-    gate: Tensor,
-    grid: tuple[int, int],
-    scale: float,
-    dropout_p: float = 0.0,
-    philox: Tensor | None = None,
-) -> Tensor:
+def attend(inputs: Inputs, philox: Tensor | None = None) -> Tensor:
     """`gated_attention`'s output, with the parameters in the dtype it takes and nothing kept that no gradient needs."""
+    q, k, v, pos_weight, gate, grid, scale, dropout_p = inputs
     dtype = torch.promote_types(q.dtype, torch.float32)
-    need_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, pos_weight, gate))
+    # a tensor under torch.func.vmap does not tell whether the one that it stands for needs a gradient
+    need_grad = torch.is_grad_enabled() and (transformed() or any(tensor.requires_grad for tensor in inputs[:5]))
     out, *_ = gated_attention(q, k, v, pos_weight.to(dtype), gate.to(dtype), *grid, scale, dropout_p, philox, need_grad)
     return out  # type: ignore[no-any-return]
 
@@ -118,9 +159,11 @@ for _name, _fake in (
 
 def _tables_gradient(grad_row: Tensor, grad_col: Tensor, row_table: Tensor, col_table: Tensor) -> Tensor:
     # a second derivative needs a formula that autograd can follow
-    twice = torch.is_grad_enabled() and any(t.requires_grad for t in (grad_row, grad_col, row_table, col_table))
-    function = eager_tables.relative_position_tables_backward if twice else relative_position_tables_backward
-    return function(grad_row, grad_col, row_table, col_table)
+    tensors = grad_row, grad_col, row_table, col_table
+    twice = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    plain = twice or why_not(*tensors)
+    function = eager_tables.relative_position_tables_backward if plain else relative_position_tables_backward
+    return function(*tensors)
 
 
 def _save_tables(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -159,6 +202,7 @@ torch.library.register_autograd(
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, pos_weight, gate, *ctx.settings, philox, _ = inputs
     _, lse, content = output
+    ctx.mark_non_differentiable(lse, content)
     ctx.has_philox = philox is not None
     saved = (q, k, v, content, lse, pos_weight, gate)
     ctx.save_for_backward(*saved, philox) if ctx.has_philox else ctx.save_for_backward(*saved)
@@ -176,8 +220,9 @@ torch.library.register_autograd(
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("the fused attention has no second derivative: take backend='reference'")
+    raise NotImplementedError("the fused kernels have no second derivative: take backend='reference'")
 
 
 # without it autograd would warn and go on as if the gradients were constants
-torch.library.register_autograd(f"{NAMESPACE}::gated_attention_backward", _no_second_derivative, lib=_library)
+for _name in ("gated_attention_backward", "relative_position_tables_backward"):
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _no_second_derivative, lib=_library)

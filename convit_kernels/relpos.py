@@ -19,6 +19,8 @@ def _checked_weight(pos_weight: Tensor) -> Tensor:
         raise TypeError(f"pos_weight must be a tensor, but is a {type(pos_weight).__name__}")
     if not pos_weight.is_floating_point():
         raise TypeError(f"pos_weight must have a floating-point dtype, but has {pos_weight.dtype}")
+    if pos_weight.layout is not torch.strided:
+        raise TypeError(f"pos_weight must be a dense tensor, but is {pos_weight.layout}: pass pos_weight.to_dense()")
     if pos_weight.dim() != 2 or pos_weight.shape[1] != 3:
         raise ValueError(f"pos_weight must have shape (heads, 3), but has {tuple(pos_weight.shape)}")
     return pos_weight if pos_weight.dtype == torch.float64 else pos_weight.float()
@@ -33,17 +35,17 @@ def relative_position_tables(pos_weight: Tensor, grid_size: int | Sequence[int])
 
     Returns:
         row_table (heads, height, height) and col_table (heads, width, width), float64 for a float64 weight, else
-        float32. Every row sums to 1. Differentiable, twice if need be.
+        float32. Every row sums to 1. Differentiable any number of times, forwards too, and under torch.func.
 
     Raises:
-        TypeError: pos_weight is no floating-point tensor, or grid_size is no int or pair of ints.
+        TypeError: pos_weight is no dense floating-point tensor, or grid_size is no int or pair of ints.
         ValueError: pos_weight is not (heads, 3), or a side of the grid is smaller than 1.
     """
     height, width = parse_grid(grid_size)
     pos_weight = _checked_weight(pos_weight)
     # an exported program must run where this package is not
-    exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
-    function = eager_tables.relative_position_tables if exporting else ops.relative_position_tables
+    plain = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or ops.why_not(pos_weight)
+    function = eager_tables.relative_position_tables if plain else ops.relative_position_tables
     row_table, col_table = function(pos_weight, height, width)
     return row_table, col_table
 
@@ -59,11 +61,13 @@ def dense_position_table(
         dtype: float32, float16 or bfloat16; the arithmetic is done in pos_weight's own precision.
 
     Raises:
-        TypeError: pos_weight is no floating-point tensor, grid_size no int or pair of ints, or dtype none of the three.
+        TypeError: pos_weight is no dense floating-point tensor, grid_size no int or pair of ints, or dtype another one.
         ValueError: pos_weight is not (heads, 3), or a side of the grid is smaller than 1.
     """
     height, width = parse_grid(grid_size)
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"the dense table's dtype must be float32, float16 or bfloat16, but is {dtype}")
-    table: Tensor = ops.dense_position_table(_checked_weight(pos_weight), height, width, dtype)
+    pos_weight = _checked_weight(pos_weight)
+    function = eager_tables.dense_position_table if ops.why_not(pos_weight) else ops.dense_position_table
+    table: Tensor = function(pos_weight, height, width, dtype)
     return table

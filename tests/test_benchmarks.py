@@ -86,7 +86,7 @@ class TestSuite:
         (tmp_path / "planted.py").write_text(
             "from convit_kernels import attention\n"
             "entry = attention._BACKENDS['composite']\n"
-            "wrong = lambda *args: entry.attention(*args) * 1.001\n"
+            "wrong = lambda inputs: entry.attention(inputs) * 1.001\n"
             "attention._BACKENDS['composite'] = entry._replace(attention=wrong)\n"
         )
         done = run_benchmarks(*ONE_GROUP, plugin=tmp_path / "planted.py")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from equivalence import assert_as_exact
+from torch.autograd import forward_ad
 
 import convit_kernels as ck
 from convit_kernels import eager_tables, extension, ops
@@ -81,6 +82,74 @@ def test_first_and_second_derivatives():
     pos_weight = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda w: ck.relative_position_tables(w, (3, 4)), pos_weight)
     assert torch.autograd.gradgradcheck(lambda w: ck.relative_position_tables(w, (3, 4)), pos_weight)
+
+
+def dual(function, primal: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(primal, tangent))).tangent
+
+
+@pytest.mark.parametrize("public", [ck.relative_position_tables, ck.dense_position_table])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_derivatives_forwards_and_of_any_order(public, trainable):
+    pos_weight = torch.randn(2, 3, dtype=torch.float64, requires_grad=trainable)
+    tangent = torch.randn_like(pos_weight)
+
+    def tables(weight):
+        found = public(weight, (2, 3))
+        return product(*found) if isinstance(found, tuple) else found[..., :6].double()
+
+    for way in (
+        lambda f: torch.func.jvp(f, (pos_weight,), (tangent,))[1],
+        lambda f: dual(f, pos_weight, tangent),
+        lambda f: torch.func.jacfwd(f)(pos_weight),
+        lambda f: torch.func.jacrev(f)(pos_weight),
+        lambda f: torch.func.hessian(f)(pos_weight),
+        lambda f: torch.func.vmap(torch.func.jacrev(f))(torch.stack((pos_weight, tangent))),
+        lambda f: torch.func.vmap(f)(torch.stack((pos_weight, tangent))),
+    ):
+        expected = way(lambda weight: positional_attention(weight, (2, 3)))
+        torch.testing.assert_close(way(tables), expected, rtol=1e-6, atol=1e-7)
+
+
+OPS = {
+    "relative_position_tables": lambda w: ops.relative_position_tables(w, 2, 3)[0],
+    "dense_position_table": lambda w: ops.dense_position_table(w, 2, 3, torch.float32),
+    "relative_position_tables_backward": lambda w: ops.relative_position_tables_backward(
+        w[:, :1, None].expand(2, 2, 2), torch.ones(2, 3, 3), torch.ones(2, 2, 2), torch.ones(2, 3, 3)
+    ),
+    "gated_attention": lambda w: ops.gated_attention(
+        *[torch.ones(1, 2, 6, 4)] * 3, w, torch.ones(2), 2, 3, 0.5, 0.0, None, False
+    )[0],
+    "gated_attention_backward": lambda w: ops.gated_attention_backward(
+        *[torch.ones(1, 2, 6, 4)] * 5, torch.ones(1, 2, 6), w, torch.ones(2), 2, 3, 0.5, 0.0, None
+    )[4],
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("trainable", [False, True])
+def test_an_op_called_by_hand_loses_no_tangent(name, trainable):
+    """It has none to give, so it refuses; also when a transform of torch.func is at work inside of another."""
+    pos_weight, tangent = torch.randn(2, 3, requires_grad=trainable), torch.randn(2, 3)
+    function = OPS[name]
+    with pytest.raises(RuntimeError, match=f"{name} cannot do this.*carries a tangent.*plain PyTorch"):
+        dual(function, pos_weight, tangent)
+    for way in (
+        lambda: torch.func.jvp(function, (pos_weight,), (tangent,)),
+        lambda: torch.func.grad(lambda w: function(w).sum())(pos_weight),
+        lambda: torch.func.vmap(torch.func.grad(lambda w: function(w).sum()))(torch.stack((pos_weight, tangent))),
+        lambda: torch.func.jvp(torch.func.vmap(function), (tangent[None],), (tangent[None],)),
+    ):
+        with pytest.raises(RuntimeError, match=f"{name} cannot do this.*torch.func.*plain PyTorch"):
+            way()
+
+
+@pytest.mark.parametrize("name", ["relative_position_tables_backward", "gated_attention_backward"])
+def test_the_gradient_s_own_gradient_is_refused(name):
+    out = OPS[name](torch.randn(2, 3, requires_grad=True))
+    with pytest.raises(NotImplementedError, match="no second derivative: take backend='reference'"):
+        out.sum().backward()
 
 
 def test_native_and_fallback_gradients_agree():
@@ -195,6 +264,8 @@ def test_one_int_is_a_square_grid_and_no_heads_are_fine():
         (torch.randn(3), (2, 2), ValueError, r"\(heads, 3\).*\(3,\)"),
         (torch.ones(4, 3, dtype=torch.int64), (2, 2), TypeError, "floating-point.*int64"),
         ([[1.0, 2.0, 3.0]], (2, 2), TypeError, "list"),
+        (torch.randn(4, 3).to_sparse(), (2, 2), TypeError, "dense.*sparse_coo.*to_dense"),
+        (torch.randn(4, 3), (True, 2), TypeError, "True"),
         (torch.randn(4, 3), (2, 0), ValueError, r"\(2, 0\)"),
         (torch.randn(4, 3), (2, 2, 2), TypeError, r"\(2, 2, 2\)"),
         (torch.randn(4, 3), "22", TypeError, "'22'"),

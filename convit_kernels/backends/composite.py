@@ -2,12 +2,19 @@
 
 The output is linear in the two maps, so O = (1 - g) * SDPA(q, k, v) + g * (row_table x col_table) V exactly, and the
 positional half costs N * (height + width) * head_dim per head and image instead of N * N * head_dim. No N x N tensor.
+
+The output is NaN or infinite where the reference's is. One exception: an infinity of v gives NaN, not infinity, where
+one of the two maps has become zero in v's dtype.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops
+from ..inputs import Inputs
 from ..relpos import relative_position_tables
 
 
@@ -22,21 +29,46 @@ def _positional_values(v: Tensor, row_table: Tensor, col_table: Tensor) -> Tenso
     return (row_table @ by_row).reshape(batch, heads, tokens, head_dim)
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_weight: Tensor,
-    gate: Tensor,
-    grid: tuple[int, int],
-    scale: float,
-    dropout_p: float,
-) -> Tensor:
-    if dropout_p > 0:
-        raise NotImplementedError("one dropout mask for both maps needs the map itself: use the reference backend")
+def _rows(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """(B, H, N, 1): NaN for the queries whose content softmax is NaN because q or k is not finite, else 1.
+
+    PyTorch's fused attention loses many of them on the way, and takes a query whose scores are all -inf for one that
+    sees no key. A softmax is NaN where a score is NaN or +inf, or all are -inf. A score is NaN or +inf when the product
+    of a channel is, which the largest and the smallest key of each channel tell.
+    """
+    q, k = q.detach(), k.detach()
+    largest, smallest = k.amax(dim=-2, keepdim=True), k.amin(dim=-2, keepdim=True)
+    # 0 for a channel whose keys are finite, else their infinity, NaN for both of them
+    channel = (largest - largest.nan_to_num()) + (smallest - smallest.nan_to_num())
+    scores = (q * channel).sum(dim=-1, keepdim=True) * scale  # 0, -inf, or +inf or NaN where a score is; NaN by q alone
+    finite_keys = (k * 0).sum(dim=-1, keepdim=True).nan_to_num(nan=-math.inf).amax(dim=-2, keepdim=True)  # 0 or -inf
+    return 1 + 0 * (scores.clamp(min=0) + finite_keys)
+
+
+def _content(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """(B, H, N, D): the content attention applied to v."""
+    if ops.why_not(q, k, v):  # PyTorch's fused attention has no forward-mode and no second derivative either
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        q, k, values = (tensor.to(dtype) for tensor in (q, k, v))
+        return (((q @ k.mT) * scale).softmax(dim=-1) @ values).to(v.dtype)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def why_not(inputs: Inputs | None) -> str:
+    if inputs is not None and inputs.dropout_p > 0:
+        return "dropout acts on the mixed map, which is never built"
+    return ""
+
+
+def attention(inputs: Inputs) -> Tensor:
+    q, k, v, pos_weight, gate, grid, scale, _ = inputs
     row_table, col_table = relative_position_tables(pos_weight.to(torch.promote_types(pos_weight.dtype, v.dtype)), grid)
     g = torch.sigmoid(gate.to(row_table.dtype))[:, None, None]
-    content = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    content = _content(q, k, v, scale)
     position = _positional_values(v, (g * row_table).to(v.dtype), col_table.to(v.dtype))
-    # the content's memory layout is the one the output projection reads: the sum keeps it
-    return (content * (1 - g).to(v.dtype)).add_(position)
+    content = content * ((1 - g).to(v.dtype) * _rows(q, k, scale))
+    # Its memory layout is the one the output projection reads, and the sum keeps it. In place, except where the
+    # position may be more than the content is: have a dimension of vmap's, or be of a subclass.
+    in_place = type(position) is type(content) and not ops.transformed()
+    out = content.add_(position) if in_place else content + position
+    return out.to(v.dtype)  # autocast may have made of two half precisions what holds both

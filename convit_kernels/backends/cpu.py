@@ -3,29 +3,22 @@
 from torch import Tensor
 
 from .. import extension, ops
+from ..inputs import Inputs
 
 
-def why_not(q: Tensor | None = None) -> str:
-    """Why the kernels cannot run here, or on this query tensor; "" when they can."""
+def why_not(inputs: Inputs | None) -> str:
     if extension.status["_C"] is not None:
         return extension.status["_C"]
     if ops.INTERPRETED:
         return "Triton's interpreter has taken its place (TRITON_INTERPRET=1)"
-    if q is not None and q.device.type != "cpu":
-        return f"the tensors are on {q.device}, not on the CPU"
-    return ""
+    if inputs is None:
+        return ""
+    if inputs.q.device.type != "cpu":
+        return f"the tensors are on {inputs.q.device}, not on the CPU"
+    if inputs.dropout_p > 0:
+        return "the kernels have no dropout"
+    return ops.why_not(*inputs[:5])
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_weight: Tensor,
-    gate: Tensor,
-    grid: tuple[int, int],
-    scale: float,
-    dropout_p: float,
-) -> Tensor:
-    if dropout_p > 0:
-        raise NotImplementedError("the kernels have no dropout: use the reference backend")
-    return ops.attend(q, k, v, pos_weight, gate, grid, scale)
+def attention(inputs: Inputs) -> Tensor:
+    return ops.attend(inputs)

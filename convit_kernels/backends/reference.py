@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..inputs import Inputs
+
 
 def relative_coordinates(grid: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
     """dx and dy, (N, N) each in like's dtype and device: column and row of the key minus those of the query."""
@@ -34,15 +36,11 @@ def attention_map(
     return (1 - g) * content + g * position
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_weight: Tensor,
-    gate: Tensor,
-    grid: tuple[int, int],
-    scale: float,
-    dropout_p: float,
-) -> Tensor:
+def why_not(inputs: Inputs | None) -> str:
+    return ""
+
+
+def attention(inputs: Inputs) -> Tensor:
+    q, k, v, pos_weight, gate, grid, scale, dropout_p = inputs
     weights = attention_map(q, k, pos_weight, gate, grid, scale)
     return (F.dropout(weights, dropout_p) @ v.to(weights.dtype)).to(v.dtype)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..inputs import Inputs
 
 MAX_HEAD_DIM = 256
 MAX_TOKENS = 65_536
@@ -14,12 +15,12 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-def why_not(q: Tensor | None = None) -> str:
-    """Why the kernels cannot run here, or on this query tensor; "" when they can."""
+def why_not(inputs: Inputs | None) -> str:
     if not _INSTALLED:
         return "triton is not installed (pip install triton)"
-    if q is None:
+    if inputs is None:
         return "" if ops.INTERPRETED or torch.cuda.is_available() else "torch sees no GPU"
+    q = inputs.q
     if q.device.type != "cuda" and not ops.INTERPRETED:
         return f"the tensors are on {q.device}, not on a GPU"
     if q.dtype not in DTYPES:
@@ -28,19 +29,10 @@ def why_not(q: Tensor | None = None) -> str:
         return f"head_dim is at most {MAX_HEAD_DIM}, not {q.shape[3]}"
     if q.shape[2] > MAX_TOKENS:
         return f"a grid has at most {MAX_TOKENS} tokens, not {q.shape[2]}"
-    return ""
+    return ops.why_not(*inputs[:5])
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_weight: Tensor,
-    gate: Tensor,
-    grid: tuple[int, int],
-    scale: float,
-    dropout_p: float,
-) -> Tensor:
+def attention(inputs: Inputs) -> Tensor:
     # seed and offset of the mask, drawn on the device: nothing waits for the host, also within a CUDA graph
-    philox = torch.randint(0, 1 << 31, (2,), device=q.device) if dropout_p > 0 else None
-    return ops.attend(q, k, v, pos_weight, gate, grid, scale, dropout_p, philox)
+    philox = torch.randint(0, 1 << 31, (2,), device=inputs.q.device) if inputs.dropout_p > 0 else None
+    return ops.attend(inputs, philox)

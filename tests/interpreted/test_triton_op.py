@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from equivalence import Inputs, assert_as_exact, make_inputs, with_gradients
+from torch.autograd import forward_ad
 
 import convit_kernels as ck
 from convit_kernels import ops
@@ -105,6 +106,55 @@ def test_dropout_follows_torch_s_generator():
         draws.append(with_gradients(lambda i: attend(i, (3, 4), dropout_p=0.4), inputs))
     assert all(torch.equal(a, b) for a, b in zip(draws[0], draws[1], strict=True))
     assert not torch.equal(draws[0][0], draws[2][0])
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_forward_mode_and_torch_func_are_refused_and_auto_goes_elsewhere(trainable):
+    leaves = [tensor.clone().requires_grad_(trainable) for tensor in make_inputs(1, 2, (2, 3), 8)[:5]]
+    tangents = [torch.randn_like(leaf) for leaf in leaves]
+
+    def results(way, backend):
+        return way(lambda *args: ck.gpsa_attention(*args, grid_size=(2, 3), backend=backend))
+
+    def dual(function):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(function(*map(forward_ad.make_dual, leaves, tangents))).tangent
+
+    for way in (
+        dual,
+        lambda f: torch.func.jvp(f, tuple(leaves), tuple(tangents)),
+        lambda f: torch.func.grad(lambda *args: f(*args).sum(), (0, 3))(*leaves),
+        lambda f: torch.func.vmap(torch.func.jacfwd(f, (3, 4)))(*(leaf[None] for leaf in leaves)),
+    ):
+        with pytest.raises(RuntimeError, match=r"'triton' cannot do this.*backend=None would take 'composite'"):
+            results(way, "triton")
+        torch.testing.assert_close(results(way, None), results(way, "reference"), rtol=1e-4, atol=1e-5)
+
+
+def test_under_vmap_with_the_gradient_taken_outside():
+    inputs = make_inputs(2, 2, (2, 3), 8)
+    leaves = [torch.stack((tensor, tensor * 2)).requires_grad_() for tensor in inputs[:5]]
+    out = torch.func.vmap(lambda *args: ck.gpsa_attention(*args, grid_size=(2, 3), backend="triton"))(*leaves)
+    grads = torch.autograd.grad(out.square().sum(), leaves)
+    for index in range(2):
+        single = [leaf.detach()[index].requires_grad_() for leaf in leaves]
+        each = ck.gpsa_attention(*single, grid_size=(2, 3), backend="triton")
+        assert torch.equal(out[index], each)
+        expected = torch.autograd.grad(each.square().sum(), single)
+        assert all(torch.equal(grad[index], truth) for grad, truth in zip(grads, expected, strict=True))
+
+
+def test_lazily_negated_inputs_and_gradients():
+    inputs = make_inputs(1, 2, (2, 3), 8)
+    views = Inputs(*(torch._neg_view(tensor) for tensor in inputs))
+    results = [with_gradients(lambda i: attend(i, (2, 3)), i) for i in (views, Inputs(*(-t for t in inputs)))]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_only_the_output_is_differentiable():
+    leaves = [tensor.clone().requires_grad_() for tensor in make_inputs(1, 2, (2, 3), 16)[:5]]
+    results = ops.gated_attention(*leaves, 2, 3, 0.25, 0.0, None, True)
+    assert [result.requires_grad for result in results] == [True, False, False]
 
 
 def test_the_layer_uses_it():
