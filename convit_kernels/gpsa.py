@@ -1,5 +1,6 @@
 """The GPSA layer: projections around `gpsa_attention`, with the reference layer's signature and state_dict."""
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import foreign
 from .attention import check_backend, gpsa_attention
 from .backends import reference
 from .grid import GridSize, parse_grid, resolve_grid
@@ -105,10 +107,15 @@ class GPSA(nn.Module):
 
         Raises:
             TypeError: the module is no GPSA, or one whose mathematics differs; the text says in what.
+            ValueError, RuntimeError: the backend is unknown, or cannot run on this machine.
         """
-        from .variants import convert  # the variants are subclasses of this class
-
-        return convert(module, backend=backend)
+        check_backend(backend)
+        name = type(module).__name__
+        if not is_foreign(module):
+            raise TypeError(f"{name} is not a reference GPSA: it has no gated positional attention of its own")
+        if reason := foreign.why_not(module):
+            raise TypeError(f"{name} cannot be replaced exactly: {reason}")
+        return _adopt(module, backend)
 
     def reset_parameters(self) -> None:
         """The reference's initial values: truncated normal projections, open gates, then `local_init`."""
@@ -197,3 +204,90 @@ class GPSA(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, grid_size={self.grid_size}, backend={self.backend}"
+
+
+class _SeparateQueryKey(GPSA):
+    """Two projections q and k instead of one qk; the block may set `current_grid_size` before each call."""
+
+    q: nn.Module
+    k: nn.Module
+
+    def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shape = (*x.shape[:2], self.num_heads, self.dim // self.num_heads)
+        q, k, v = (project(layer, x).reshape(shape).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return q, k, v
+
+    @property
+    def current_grid_size(self) -> tuple[int, int] | None:
+        return self.grid_size
+
+    @current_grid_size.setter
+    def current_grid_size(self, grid_size: tuple[int, int] | None) -> None:
+        self.grid_size = grid_size
+
+
+class _TupleOutput(GPSA):
+    """DyTox: forward returns (x, attention, v). The map is what the fused path never builds: None stands for it."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None, Tensor]:  # type: ignore[override]
+        q, k, v = self.query_key_value(x)
+        return self.proj_drop(project(self.proj, self._attend(q, k, v, self.grid_size))), None, v
+
+
+class _RepeatedFeatures(GPSA):
+    """VISSL: each feature stands locality_dim times in pos_proj, the logits are divided by it, the gate is alpha."""
+
+    alpha: nn.Parameter
+    locality_dim: int
+
+    def position_weight(self) -> Tensor:
+        return super().position_weight().reshape(self.num_heads, 3, self.locality_dim).mean(dim=2)
+
+    def gate(self) -> Tensor:
+        return self.alpha.flatten()
+
+    def get_attention_map(self, x: Tensor, return_map: bool = False) -> Any:
+        distance, attention = super().get_attention_map(x, return_map=True)
+        mean = distance.mean().item()
+        return (mean, attention) if return_map else mean
+
+
+def is_foreign(module: nn.Module) -> bool:
+    """Whether a module calls itself a gated positional self-attention, convertible or not, and is not ours already."""
+    return foreign.looks_like_gpsa(module) and not isinstance(module, GPSA)
+
+
+def _class_for(module: nn.Module) -> type[GPSA]:
+    if hasattr(module, "alpha"):
+        return _RepeatedFeatures
+    if not hasattr(module, "qk"):
+        return _SeparateQueryKey
+    # DyTox's constructor is the only one that takes `fc`, and only its forward returns a tuple
+    return _TupleOutput if "fc" in inspect.signature(type(module).__init__).parameters else GPSA
+
+
+def _adopt(module: nn.Module, backend: str | None) -> GPSA:
+    """Our layer around a reference GPSA's children, parameters, hooks and settings.
+
+    They are the very objects: an optimizer made before goes on working, a state_dict keeps its keys.
+    """
+    original: Any = module
+    cls = _class_for(module)
+    new: Any = cls.__new__(cls)
+    nn.Module.__init__(new)
+    new.dim, new.num_heads, new.scale = original.dim, original.num_heads, original.scale
+    new.locality_strength = getattr(original, "locality_strength", 1.0)
+    new.use_local_init = cls is not _TupleOutput  # DyTox's reset_parameters leaves the convolution out
+    new.grid_size = getattr(original, "current_grid_size", None)
+    new.backend = backend
+    if cls is _RepeatedFeatures:
+        new.locality_dim = original.locality_dim
+    for key, parameter in module._parameters.items():
+        new.register_parameter(key, parameter)
+    for key, child in module._modules.items():
+        new.add_module(key, child)
+    for key, value in vars(module).items():
+        if "hook" in key:  # the dictionaries themselves, so that the handles given out keep working
+            new.__dict__[key] = value
+    new.training = module.training
+    return new  # type: ignore[no-any-return]

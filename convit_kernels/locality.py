@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .gpsa import GPSA
+from .gpsa import GPSA, is_foreign
 from .grid import GridSize, parse_grid, resolve_grid
 from .relpos import relative_position_tables
-from .variants import is_foreign_gpsa
 
 # entries of attention maps in memory at a time: 16 MB in float32
 _ENTRIES = 1 << 22
@@ -50,9 +49,9 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
         ValueError: the model has no such layers.
     """
     layers = {
-        name: GPSA.from_module(module) if is_foreign_gpsa(module) else module
+        name: GPSA.from_module(module) if is_foreign(module) else module
         for name, module in model.named_modules()
-        if isinstance(module, GPSA) or is_foreign_gpsa(module) or _is_plain(module)
+        if isinstance(module, GPSA) or is_foreign(module) or _is_plain(module)
     }
     if not layers:
         raise ValueError(

@@ -4,8 +4,8 @@ import warnings
 
 from torch import nn
 
-from .gpsa import GPSA
-from .variants import convert, is_foreign_gpsa, why_not
+from .foreign import why_not
+from .gpsa import GPSA, is_foreign
 
 
 def replace_gpsa(model: nn.Module, *, backend: str | None = None) -> int:
@@ -27,11 +27,11 @@ def replace_gpsa(model: nn.Module, *, backend: str | None = None) -> int:
             reference's; the text names it and says in what. Nothing has been swapped then.
         ValueError, RuntimeError: the backend is unknown, or cannot run on this machine.
     """
-    if is_foreign_gpsa(model):
+    if is_foreign(model):
         raise TypeError(
             "the model is itself a GPSA layer, which cannot be swapped in place: use GPSA.from_module(layer)"
         )
-    found = {name: module for name, module in model.named_modules() if is_foreign_gpsa(module)}
+    found = {name: module for name, module in model.named_modules() if is_foreign(module)}
     reasons = [f"{name} ({type(module).__name__}): {why}" for name, module in found.items() if (why := why_not(module))]
     if reasons:
         raise TypeError("these layers cannot be replaced exactly, and nothing was: " + "; ".join(reasons))
@@ -39,7 +39,7 @@ def replace_gpsa(model: nn.Module, *, backend: str | None = None) -> int:
         present = sum(isinstance(module, GPSA) for module in model.modules())
         already = f" ({present} already are convit_kernels layers)" if present else ""
         warnings.warn(f"{type(model).__name__} contains no reference GPSA layer{already}", UserWarning, stacklevel=2)
-    replacements = {module: convert(module, backend=backend) for module in found.values()}
+    replacements = {module: GPSA.from_module(module, backend=backend) for module in found.values()}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():  # named_children would pass over a second name of one layer
             if child in replacements:
