@@ -1,7 +1,14 @@
-"""Other projects' GPSA classes: telling them apart without importing them, and why one cannot be taken over."""
+"""Other projects' GPSA classes: telling them apart without importing them, and why one cannot be taken over.
+
+A name and the right parameters do not make a layer the reference: forks add a convolution, scale the output, put noise
+on the map. What can be seen without running it is looked at here; for the rest there is `trial_copy`, a layer of the
+same class to be run beside ours.
+"""
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,38 +16,41 @@ from torch import Tensor, nn
 
 _GATES = ("gating_param", "alpha", "gate", "gates")
 _NAMES = ("GPSA", "GatedPositional")
+# each child by what it maps: from so many channels to so many
+_LINEAR = {"qk": ("dim", "2 dim"), "v": ("dim", "dim"), "q": ("dim", "dim"), "k": ("dim", "dim")}
+_LINEAR |= {"proj": ("dim", "dim"), "pos_proj": ("features", "heads")}
+_DROPOUTS = ("attn_drop", "proj_drop")
+# of nn.Module's own methods those that a layer may define without changing how PyTorch treats it
+_DEFINED = {
+    "__init__",
+    "forward",
+    "extra_repr",
+    "__repr__",
+    "_get_name",
+    "__init_subclass__",
+    "__annotate__",
+    "__annotate_func__",
+}
+
+
+def _is_named(cls: type) -> bool:
+    return any(name in cls.__name__ for name in _NAMES)
 
 
 def looks_like_gpsa(module: nn.Module) -> bool:
     """Whether a module calls itself a gated positional self-attention, ours among them."""
     gated = any(isinstance(getattr(module, name, None), Tensor) for name in _GATES)
-    named = any(name in type(module).__name__ for name in _NAMES)
-    return gated and (named or (hasattr(module, "pos_proj") and hasattr(module, "gating_param")))
+    return gated and (_is_named(type(module)) or (hasattr(module, "pos_proj") and hasattr(module, "gating_param")))
 
 
-def _features(module: nn.Module, side: int) -> Tensor:
-    """The positional features a layer builds for a side x side grid, (N, N, F), asked of a copy."""
-    probe: Any = copy.copy(module)  # its own attributes and buffers: building the features must leave no trace
-    probe.__dict__["_buffers"] = dict(module._buffers)
-    probe.__dict__["current_grid_size"] = (side, side)
-    builder = getattr(probe, "get_rel_indices", None) or probe.set_rel_indices
-    built = builder(side * side) if inspect.signature(builder).parameters else builder()
-    table = probe.rel_indices if built is None else built
-    if not isinstance(table, Tensor):
-        raise TypeError(f"its positional features are a {type(table).__name__}")
-    return table.squeeze(0)
+def why_not(module: nn.Module) -> str:
+    """The reason why a foreign GPSA cannot be taken over, as far as can be seen without running it; "" for none."""
+    checks = (_layout, _on_meta, _additions, _methods, _hooks, _position_in_use)
+    return next((reason for check in checks if (reason := check(module))), "")
 
 
-def _expected_features(side: int, repeats: int) -> Tensor:
-    token = torch.arange(side * side, dtype=torch.float32)
-    x, y = token % side, token.div(side, rounding_mode="floor")
-    dx, dy = x[None, :] - x[:, None], y[None, :] - y[:, None]
-    return torch.stack((dx, dy, dx.square() + dy.square()), dim=-1).repeat_interleave(repeats, dim=-1)
-
-
-def why_not(module: nn.Module) -> str | None:
-    """The reason why a foreign GPSA cannot be converted exactly; None when it can."""
-    missing = [name for name in ("v", "proj", "pos_proj", "attn_drop", "proj_drop") if not hasattr(module, name)]
+def _layout(module: nn.Module) -> str:
+    missing = [name for name in ("v", "proj", "pos_proj", *_DROPOUTS) if not hasattr(module, name)]
     if not hasattr(module, "qk") and not (hasattr(module, "q") and hasattr(module, "k")):
         missing.append("qk (or q and k)")
     if not hasattr(module, "gating_param") and not hasattr(module, "alpha"):
@@ -49,21 +59,207 @@ def why_not(module: nn.Module) -> str | None:
     if missing:
         return f"it has no {', '.join(missing)}: it is not laid out like the reference layer"
     attributes: Any = module
-    weight = attributes.pos_proj.weight
-    if weight.is_meta:
-        return "it is on the meta device, where its positional features cannot be read: materialise the model first"
-    heads, repeats = attributes.num_heads, getattr(attributes, "locality_dim", 1)
-    if weight.shape != (heads, 3 * repeats):
+    weight, expected = attributes.pos_proj._parameters.get("weight"), (attributes.num_heads, 3 * _repeats(module))
+    if weight is not None and weight.shape != expected:
         return (
-            f"its pos_proj.weight has shape {tuple(weight.shape)}, not ({heads}, {3 * repeats}): "
+            f"its pos_proj.weight has shape {tuple(weight.shape)}, not {expected}: "
             "only positions on a two-dimensional grid, (dx, dy, dx^2 + dy^2), are the same mathematics"
         )
-    side = 3
+    return ""
+
+
+def _on_meta(module: nn.Module) -> str:
+    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        return "it is on the meta device, where its positional features cannot be read: materialise the model first"
+    return ""
+
+
+def _repeats(module: nn.Module) -> int:
+    return int(getattr(module, "locality_dim", 1))
+
+
+def trial_grid(module: nn.Module) -> tuple[int, int]:
+    """A small grid that the module has no positional features of yet; not square where it need not be."""
+    if hasattr(module, "current_grid_size"):
+        return 2, 4
+    present = getattr(module, "rel_indices", None)
+    return (4, 4) if isinstance(present, Tensor) and present.dim() == 4 and present.shape[1] == 9 else (3, 3)
+
+
+def _expected_features(grid: tuple[int, int], repeats: int, device: torch.device | str = "cpu") -> Tensor:
+    """(N, N, 3 * repeats) float32."""
+    height, width = grid
+    token = torch.arange(height * width, dtype=torch.float32, device=device)
+    x, y = token % width, token.div(width, rounding_mode="floor")
+    dx, dy = x[None, :] - x[:, None], y[None, :] - y[:, None]
+    return torch.stack((dx, dy, dx.square() + dy.square()), dim=-1).repeat_interleave(repeats, dim=-1)
+
+
+def _position_in_use(module: nn.Module) -> str:
+    """Whether the features that the layer keeps for its next call were put there by somebody else."""
+    kept = getattr(module, "rel_indices", None)
+    if not isinstance(kept, Tensor) or kept.dim() != 4 or kept.shape[1] == 1 or hasattr(module, "current_grid_size"):
+        return ""
+    side = int(kept.shape[1] ** 0.5)
+    expected = _expected_features((side, side), _repeats(module), kept.device)
+    # they may have been rounded to bfloat16 on the way
+    if kept.shape[1:] != expected.shape or not torch.allclose(kept[0].float(), expected, rtol=2**-8):
+        return (
+            f"its rel_indices of {kept.shape[1]} tokens are not those of a square grid: build convit_kernels.GPSA "
+            "with grid_size=(height, width) and load this layer's state_dict into it"
+        )
+    return ""
+
+
+def _additions(module: nn.Module) -> str:
+    """What the layer holds that the reference does not."""
+    if "_orig_mod" in module._modules:
+        return "it is compiled by itself: replace the layer first and compile it then"
+    parametrized = sorted(getattr(module, "parametrizations", {}))
+    if parametrized:
+        return f"its {', '.join(parametrized)} is parametrized: replace the layer first and parametrize it then"
+    pruned = [name.removesuffix("_orig") for name in module._parameters if name.endswith("_orig")]
+    if pruned:
+        return f"its {', '.join(pruned)} is pruned: replace the layer first and prune it then, or prune.remove it"
+    extra = [f"the child {name}" for name in module._modules if name not in (*_LINEAR, *_DROPOUTS)]
+    extra += [f"the parameter {name}" for name in module._parameters if name not in ("gating_param", "alpha", "scale")]
+    extra += [f"the buffer {name}" for name in module._buffers if name != "rel_indices"]
+    if extra:
+        return f"it has {', '.join(extra)}, of which the reference layer knows nothing"
+    for name, parameter in module._parameters.items():
+        if parameter is not None and type(parameter) is not nn.Parameter:
+            return f"its {name} is a {type(parameter).__name__}: replace the layer before what has made it so"
+    return ""
+
+
+def _hooks(module: nn.Module) -> str:
+    for key, hooks in vars(module).items():
+        if key.endswith("_hooks"):
+            for hook in hooks.values():
+                if getattr(getattr(hook, "hook", hook), "__self__", None) is module:
+                    return f"one of its {key[1:]} is a method of the layer itself: remove it first"
+    return ""
+
+
+def _methods(module: nn.Module) -> str:
+    """What its class defines beside the reference's methods, and what stands on the instance in place of a method."""
+    cls = type(module)
+    patched = [name for name in vars(module) if callable(getattr(cls, name, None))]
+    if patched:
+        return f"its {', '.join(patched)} has been set on the layer itself: undo that first"
+    computed = [name for name in ("gating_param", "alpha", "scale") if isinstance(getattr(cls, name, None), property)]
+    if computed:
+        return f"its {', '.join(computed)} is computed by a property, which our layer would read only once"
+    bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
+    for index, base in enumerate(bases):
+        own = [name for name in vars(base) if inspect.isroutine(getattr(nn.Module, name, None))]
+        if strange := sorted(set(own) - _DEFINED):
+            return f"its class {base.__name__} has its own {', '.join(strange)}, on which PyTorch relies"
+        if index > 0 and _is_named(base) and "forward" in vars(base):
+            derived = {
+                name
+                for each in bases[:index]
+                for name, value in vars(each).items()
+                if inspect.isroutine(value) or isinstance(value, property)
+            }
+            if overridden := sorted((derived & set(dir(base))) - (_DEFINED - {"forward"})):
+                return (
+                    f"it overrides {', '.join(overridden)} of {base.__module__}.{base.__qualname__}, which may change "
+                    "the results at any time: replace a layer of that class and do the rest outside of it, or subclass "
+                    "convit_kernels.GPSA"
+                )
+    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    further = [str(each) for index, each in enumerate(parameters) if index > 0 or each.kind is each.VAR_POSITIONAL]
+    if further:
+        return f"its forward takes {', '.join(further)}, the reference's only the tokens"
+    return ""
+
+
+def trial_copy(module: nn.Module) -> nn.Module:
+    """A layer of the same class on the CPU in float32, made without its constructor, sharing nothing with the module.
+
+    Its parameters are random, so that content, position and gate all matter; its children are plain linear layers and
+    dropouts with p=0: what the module's own are makes no difference to what its class does with them.
+    """
+    attributes: Any = module
+    dim, heads = int(attributes.dim), int(attributes.num_heads)
+    sizes = {"dim": dim, "2 dim": 2 * dim, "heads": heads, "features": 3 * _repeats(module)}
+    # logits of a standard deviation of about 2, whatever the scale is
+    scale = attributes.scale if isinstance(attributes.scale, (int, float)) else (dim // heads) ** -0.5
+    gains = {"qk": (2 / max(abs(scale), 1e-6)) ** 0.5 * (dim // heads) ** -0.25, "pos_proj": 0.4 * dim**0.5}
+    gains |= {"q": gains["qk"], "k": gains["qk"]}
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(*shape: int, largest: float) -> nn.Parameter:
+        values = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+        return nn.Parameter((2 * values - 1) * largest)
+
+    new: Any = object.__new__(type(module))
+    nn.Module.__init__(new)
+    for name, value in vars(module).items():
+        if name not in vars(new):
+            vars(new)[name] = _on_cpu(value) if isinstance(value, Tensor) else copy.deepcopy(value)
+    for name, parameter in module._parameters.items():
+        value = None if parameter is None else uniform(*parameter.shape, largest=2)
+        new.register_parameter(name, value)
+    for name, buffer in module._buffers.items():
+        new.register_buffer(name, None if buffer is None else _on_cpu(buffer))
+    for name in module._modules:
+        if name in _LINEAR:
+            inputs, outputs = (sizes[size] for size in _LINEAR[name])
+            layer = nn.Linear(inputs, outputs, device="meta")  # no values of its own
+            layer.weight = uniform(outputs, inputs, largest=gains.get(name, 1) * (3 / dim) ** 0.5)
+            layer.bias = uniform(outputs, largest=0.5)
+            new.add_module(name, layer)
+        elif name in _DROPOUTS:
+            new.add_module(name, nn.Dropout(0.0))
+    if hasattr(module, "current_grid_size"):
+        new.current_grid_size = trial_grid(module)
+    return new  # type: ignore[no-any-return]
+
+
+def why_not_position(trial: nn.Module) -> str:
+    """Why the positional features that a trial copy builds are not the reference's; "" when they are."""
+    probe: Any = copy.copy(trial)
+    for own in ("_buffers", "_non_persistent_buffers_set"):  # building them must leave no trace in the copy
+        probe.__dict__[own] = copy.copy(probe.__dict__[own])
+    grid = trial_grid(trial)
     try:
-        features = _features(module, side)
+        builder = getattr(probe, "get_rel_indices", None) or probe.set_rel_indices
+        built = builder(grid[0] * grid[1]) if inspect.signature(builder).parameters else builder()
+        features = (probe.rel_indices if built is None else built).squeeze(0).float()
     except Exception as error:  # another project's code, which may fail in any way
         return f"its positional features cannot be read ({type(error).__name__}: {error})"
-    expected = _expected_features(side, repeats).to(features)
+    expected = _expected_features(grid, _repeats(trial))
     if features.shape != expected.shape or not torch.equal(features, expected):
         return "its positional features are not (dx, dy, dx^2 + dy^2) of a two-dimensional grid, key minus query"
-    return None
+    return ""
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """A copy, in float32 if it is of floating point."""
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to("cpu", dtype, copy=True)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Runs trials so that nobody notices: no gradients, no autocast, no hooks on every module, RNG as it was."""
+    state = vars(nn.modules.module)
+    hooks = [state[name] for name in state if name.startswith("_global_") and isinstance(state[name], dict)]
+    saved, dtype = [dict(each) for each in hooks], torch.get_default_dtype()
+    for each in hooks:
+        each.clear()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.no_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.device("cpu"),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        for each, values in zip(hooks, saved, strict=True):
+            each.update(values)

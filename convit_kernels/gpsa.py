@@ -1,6 +1,5 @@
 """The GPSA layer: projections around `gpsa_attention`, with the reference layer's signature and state_dict."""
 
-import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -113,9 +112,11 @@ class GPSA(nn.Module):
         name = type(module).__name__
         if not is_foreign(module):
             raise TypeError(f"{name} is not a reference GPSA: it has no gated positional attention of its own")
-        if reason := foreign.why_not(module):
-            raise TypeError(f"{name} cannot be replaced exactly: {reason}")
-        return _adopt(module, backend)
+        try:
+            kind = kind_of(module)
+        except TypeError as error:
+            raise TypeError(f"{name} cannot be replaced exactly: {error}") from error
+        return adopt(module, kind, backend)
 
     def reset_parameters(self) -> None:
         """The reference's initial values: truncated normal projections, open gates, then `local_init`."""
@@ -257,33 +258,97 @@ def is_foreign(module: nn.Module) -> bool:
     return foreign.looks_like_gpsa(module) and not isinstance(module, GPSA)
 
 
-def _class_for(module: nn.Module) -> type[GPSA]:
-    if hasattr(module, "alpha"):
-        return _RepeatedFeatures
-    if not hasattr(module, "qk"):
-        return _SeparateQueryKey
-    # DyTox's constructor is the only one that takes `fc`, and only its forward returns a tuple
-    return _TupleOutput if "fc" in inspect.signature(type(module).__init__).parameters else GPSA
+def kind_of(module: nn.Module) -> type[GPSA]:
+    """Our class that does what a foreign layer does, found by running a copy of that beside ours on random tokens.
+
+    Raises:
+        TypeError: there is none; the text says in what the layer differs.
+    """
+    if reason := foreign.why_not(module):
+        raise TypeError(reason)
+    with foreign.undisturbed():
+        try:
+            trial = foreign.trial_copy(module)
+        except Exception as error:  # attributes that cannot be copied
+            raise TypeError(f"it cannot be copied for a trial ({type(error).__name__}: {error})") from error
+        if reason := foreign.why_not_position(trial):
+            raise TypeError(reason)
+        return _agreeing_kind(trial, math.prod(foreign.trial_grid(trial)))
 
 
-def _adopt(module: nn.Module, backend: str | None) -> GPSA:
-    """Our layer around a reference GPSA's children, parameters, hooks and settings.
+def _agreeing_kind(trial: Any, tokens: int) -> type[GPSA]:
+    """The class among ours that agrees with a copy of a foreign layer, in both modes and with dropout."""
+
+    def run(layer: Any, method: str = "forward") -> Any:
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs, too
+        return getattr(layer, method)(x)
+
+    x = torch.randn(2, tokens, trial.dim)
+    kind: type[GPSA] = GPSA
+    if hasattr(trial, "alpha"):
+        kind = _RepeatedFeatures
+    elif not hasattr(trial, "qk"):
+        kind = _SeparateQueryKey
+    # evaluation last, for what is asked of the layer then
+    for training, dropout_p in ((True, 0.0), (True, 0.5), (False, 0.0)):
+        trial.training = training
+        for drop in (trial.attn_drop, trial.proj_drop):
+            drop.training, drop.p = training, dropout_p
+        case = f"in {'training' if training else 'evaluation'} mode{', with dropout' if dropout_p else ''}"
+        try:
+            theirs = run(trial)
+        except Exception as error:  # another project's code, which may fail in any way
+            raise TypeError(f"its forward fails on random tokens, {case} ({type(error).__name__}: {error})") from error
+        if kind is GPSA and isinstance(theirs, tuple) and len(theirs) == 3:
+            kind = _TupleOutput
+        ours = adopt(trial, kind, "reference")
+        mine = run(ours)
+        if isinstance(mine, tuple):  # the map is the one output that it leaves out
+            mine = (mine[0], run(ours, "get_attention"), mine[2])
+        if not _agree(mine, theirs):
+            raise TypeError(
+                f"its forward does something else than the reference's: other outputs for the same tokens, {case}"
+            )
+    for name in ("get_attention", "get_attention_map"):
+        try:
+            theirs = run(trial, name)
+        except Exception:  # missing, or with other arguments: then ours gives no result in its place
+            continue
+        if not _agree(run(ours, name), theirs):
+            raise TypeError(f"its {name} does something else than the reference's: another result for the same tokens")
+    return kind
+
+
+def _agree(mine: Any, theirs: Any) -> bool:
+    """Whether two results are the same up to the rounding of float32."""
+    if isinstance(mine, tuple) and isinstance(theirs, tuple):
+        return len(mine) == len(theirs) and all(map(_agree, mine, theirs))
+    if isinstance(mine, float) and isinstance(theirs, float):
+        return math.isclose(mine, theirs, rel_tol=1e-4)
+    if not isinstance(mine, Tensor) or not isinstance(theirs, Tensor) or mine.shape != theirs.shape:
+        return False
+    return bool((mine - theirs).abs().max() <= 1e-4 * theirs.abs().max())
+
+
+def adopt(module: nn.Module, kind: type[GPSA], backend: str | None) -> GPSA:
+    """Our layer around a foreign one's children, parameters, buffers, hooks and settings.
 
     They are the very objects: an optimizer made before goes on working, a state_dict keeps its keys.
     """
     original: Any = module
-    cls = _class_for(module)
-    new: Any = cls.__new__(cls)
+    new: Any = kind.__new__(kind)
     nn.Module.__init__(new)
     new.dim, new.num_heads, new.scale = original.dim, original.num_heads, original.scale
     new.locality_strength = getattr(original, "locality_strength", 1.0)
-    new.use_local_init = cls is not _TupleOutput  # DyTox's reset_parameters leaves the convolution out
+    new.use_local_init = kind is not _TupleOutput  # DyTox's reset_parameters leaves the convolution out
     new.grid_size = getattr(original, "current_grid_size", None)
     new.backend = backend
-    if cls is _RepeatedFeatures:
+    if kind is _RepeatedFeatures:
         new.locality_dim = original.locality_dim
     for key, parameter in module._parameters.items():
         new.register_parameter(key, parameter)
+    for key, buffer in module._buffers.items():
+        new.register_buffer(key, buffer, persistent=key not in module._non_persistent_buffers_set)
     for key, child in module._modules.items():
         new.add_module(key, child)
     for key, value in vars(module).items():

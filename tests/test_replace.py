@@ -1,6 +1,7 @@
 """replace_gpsa: the same model, faster; or a clear refusal and the model untouched."""
 
 import copy
+import threading
 
 import foreign
 import pytest
@@ -8,6 +9,9 @@ import timm
 import torch
 from timm.models import convit
 from torch import nn
+from torch.nn.modules import module
+from torch.nn.utils import prune
+from torch.testing._internal.two_tensor import TwoTensor
 
 import convit_kernels as ck
 
@@ -207,6 +211,185 @@ class TestWholeModel:
         expected = model(images)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(images), expected)
+
+
+def patch(module, function):
+    module.forward = function
+
+
+class Subclass(convit.GPSA):
+    """Agrees with its base until somebody sets a mask."""
+
+    mask = None
+
+    def get_attention(self, x):
+        attention = super().get_attention(x)
+        return attention if self.mask is None else attention * self.mask
+
+
+class WideGrid(convit.GPSA):
+    def get_rel_indices(self, num_patches):
+        return super().get_rel_indices(num_patches)
+
+
+class OwnConstructor(convit.GPSA):
+    """Other arguments and a method more: the same layer."""
+
+    def __init__(self, dim=32):
+        super().__init__(dim, 4)
+
+    def freeze(self):
+        self.requires_grad_(False)
+
+
+def changed_layer(change):
+    layer = timm_layer()
+    change(layer)
+    return layer
+
+
+def by_hand(layer):
+    layer.rel_indices = layer.get_rel_indices(16).flip(1)
+
+
+def with_lock(layer):
+    layer.lock = threading.Lock()
+
+
+def own_method_as_hook(layer):
+    layer.register_forward_hook(layer.get_attention_map)
+
+
+FORKS = {
+    "convolution": (foreign.WithConvolution, "it has the child conv"),
+    "smoothed": (foreign.Smoothed, "other outputs for the same tokens, in training mode"),
+    "map while training": (foreign.MapWhileTraining, "other outputs for the same tokens, in training mode"),
+    "pair": (foreign.Pair, "other outputs for the same tokens"),
+    "dictionary": (foreign.Dictionary, "other outputs for the same tokens"),
+    "scaled": (foreign.ScaledOutput, "other outputs for the same tokens"),
+    "layer scale": (foreign.LayerScale, "it has the parameter gamma"),
+    "residual": (foreign.Residual, "other outputs for the same tokens"),
+    "noise": (foreign.NoisyMap, "other outputs for the same tokens, in training mode"),
+    "mask": (foreign.MaskedMap, "it has the buffer mask"),
+    "DropKey": (foreign.DropsLogits, "other outputs for the same tokens, in training mode, with dropout"),
+    "inverted gate": (foreign.InvertedGate, "other outputs for the same tokens"),
+    "another distance": (foreign.OwnDistance, "its get_attention_map does something else"),
+    "argument": (foreign.FurtherArgument, "its forward takes mask=None"),
+    "any arguments": (foreign.AnyArguments, r"its forward takes \*args"),
+    "loading": (foreign.OwnLoading, "has its own _load_from_state_dict, on which PyTorch relies"),
+    "property": (foreign.ScheduledScale, "its scale is computed by a property"),
+    "not ready": (foreign.NeedsSetting, "its forward fails on random tokens.*no attribute 'not_set_yet'"),
+    "subclass": (Subclass, "it overrides get_attention of timm.models.convit.GPSA.*subclass convit_kernels.GPSA"),
+    "subclass with a grid": (WideGrid, "it overrides get_rel_indices of timm.models.convit.GPSA"),
+    "patched forward": (
+        lambda *_: changed_layer(lambda layer: patch(layer, lambda x: x)),
+        "its forward has been set on the layer itself",
+    ),
+    "patched map": (
+        lambda *_: changed_layer(lambda layer: setattr(layer, "get_attention", lambda x: 0)),
+        "its get_attention has been set on the layer itself",
+    ),
+    "parametrized gate": (
+        lambda *_: changed_layer(
+            lambda layer: nn.utils.parametrize.register_parametrization(layer, "gating_param", nn.Tanh())
+        ),
+        "its gating_param is parametrized: replace the layer first",
+    ),
+    "pruned gate": (
+        lambda *_: changed_layer(lambda layer: prune.l1_unstructured(layer, "gating_param", 0.5)),
+        "its gating_param is pruned: replace the layer first",
+    ),
+    "positions set by hand": (
+        lambda *_: changed_layer(by_hand),
+        r"its rel_indices of 16 tokens are not those of a square grid: .*grid_size=\(height, width\)",
+    ),
+    "hook of its own": (
+        lambda *_: changed_layer(own_method_as_hook),
+        "one of its forward_hooks is a method of the layer itself: remove it first",
+    ),
+    "what cannot be copied": (lambda *_: changed_layer(with_lock), "it cannot be copied for a trial .*lock"),
+    "gate of another kind": (
+        lambda *_: changed_layer(
+            lambda layer: setattr(layer, "gating_param", nn.Parameter(TwoTensor(torch.ones(4), torch.ones(4))))
+        ),
+        "its gating_param is a TwoTensor",
+    ),
+    "compiled alone": (lambda *_: torch.compile(timm_layer()), "it is compiled by itself: replace the layer first"),
+}
+
+
+class TestForks:
+    @pytest.mark.parametrize("fork", FORKS)
+    def test_what_a_fork_does_otherwise_is_said_before_anything_is_swapped(self, fork):
+        make, text = FORKS[fork]
+        good, other = timm_layer(), make(32, 4)
+        model = nn.ModuleList([good, other])
+        with pytest.raises(TypeError, match=f"nothing was: 1 .*{text}.*one by one"):
+            ck.replace_gpsa(model)
+        assert model[0] is good
+        assert model[1] is other
+        with pytest.raises(TypeError, match=f"cannot be replaced exactly: .*{text}"):
+            ck.GPSA.from_module(other)
+
+    @pytest.mark.parametrize("make", [OwnConstructor, foreign.KeepsItsMaps, foreign.PersistentPosition])
+    def test_what_makes_no_difference_is_taken_over(self, make):
+        layer, x = perturbed(make(32) if make is OwnConstructor else make(32, 4)), torch.randn(2, 16, 32)
+        replaced = ck.GPSA.from_module(layer)
+        torch.testing.assert_close(replaced(x), layer(x), rtol=1e-4, atol=1e-5)
+        assert list(replaced.state_dict()) == list(layer.state_dict())
+        assert [name for name, _ in replaced.named_buffers()] == [name for name, _ in layer.named_buffers()]
+
+    def test_nobody_notices_the_trial(self):
+        layer, calls = foreign.KeepsItsMaps(32, 4, attn_drop=0.2), []
+        layer.attn_drop.register_forward_hook(lambda *_: calls.append("child"))
+        layer.register_forward_hook(lambda *_: calls.append("layer"))
+        handle = module.register_module_forward_hook(lambda *_: calls.append("any"))
+        before = copy.deepcopy(vars(layer)), torch.get_rng_state(), layer.training, layer.attn_drop.p
+        try:
+            ck.GPSA.from_module(layer)
+        finally:
+            handle.remove()
+        assert calls == []
+        assert layer.maps == []
+        assert vars(layer).keys() == before[0].keys()
+        torch.testing.assert_close(
+            dict(layer.named_parameters()),
+            dict(before[0]["_parameters"]) | {name: value for name, value in layer.named_parameters() if "." in name},
+            rtol=0,
+            atol=0,
+        )
+        assert torch.equal(torch.get_rng_state(), before[1])
+        assert (layer.training, layer.attn_drop.p) == before[2:]
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_modules_of_every_dtype(self, dtype):
+        model = nn.Sequential(perturbed(timm_layer())).to(dtype)
+        model(torch.randn(2, 16, 32).to(dtype))  # its positions are kept in that dtype from here on
+        assert ck.replace_gpsa(model) == 1
+
+    def test_under_autocast_another_default_dtype_and_another_default_device(self):
+        for kind, make in LAYERS.items():
+            layer = make(32, 4)
+            with torch.autocast("cpu", torch.bfloat16):
+                ck.GPSA.from_module(layer)
+            with torch.device("meta"):
+                ck.GPSA.from_module(layer)
+            torch.set_default_dtype(torch.float64)
+            try:
+                ck.GPSA.from_module(layer)
+                assert torch.get_default_dtype() == torch.float64, kind
+            finally:
+                torch.set_default_dtype(torch.float32)
+
+    def test_nine_tokens_seen_before(self):
+        layer, x = perturbed(timm_layer()), torch.randn(2, 9, 32)
+        expected = layer(x)
+        torch.testing.assert_close(ck.GPSA.from_module(layer)(x), expected, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("scale", [1e-3, 1.0, -0.3, 50.0])
+    def test_any_scale(self, scale):
+        layer, x = foreign.OfficialGPSA(32, 4, qk_scale=scale), torch.randn(2, 16, 32)
+        torch.testing.assert_close(ck.GPSA.from_module(layer)(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
 class TestRefusals:
