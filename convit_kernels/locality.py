@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .gpsa import GPSA, is_foreign
 from .grid import GridSize, parse_grid, resolve_grid
+from .linear import why_not_plain
 from .relpos import relative_position_tables
 
 # entries of attention maps in memory at a time: 16 MB in float32
@@ -85,7 +86,8 @@ def nonlocality(
         over its heads.
 
     Raises:
-        TypeError: a GPSA layer whose mathematics differs, or a grid_size that is no pair.
+        TypeError: a GPSA layer whose mathematics differs, a layer whose map does not follow from its weights alone
+            (hooks on its dropout, a pruned or wrapped positional projection), or a grid_size that is no pair.
         ValueError: no attention layers, no images, or tokens that do not fill the grid.
     """
     found: dict[str, _Sum] = {}
@@ -103,8 +105,9 @@ def nonlocality(
             content = (1 - gate) * content + gate * position
         entry.mixed += content * x.shape[0]
 
+    layers = _readable_layers(model)
     for batch in [images] if isinstance(images, Tensor) else images:
-        _visit(model, batch, grid_size, visit)
+        _visit(model, layers, batch, grid_size, visit)
     if not any(entry.images for entry in found.values()):
         raise ValueError("images must have at least one image")
     return [entry.result(name) for name, entry in found.items()]
@@ -142,7 +145,7 @@ def attention_maps(
             attention = (1 - gate) * attention + gate * position
         maps[name] = attention
 
-    _visit(model, images, grid_size, visit)
+    _visit(model, _readable_layers(model), images, grid_size, visit)
     return maps
 
 
@@ -175,9 +178,30 @@ def _is_plain(module: nn.Module) -> bool:
     )
 
 
+def _readable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers whose maps follow from their weights alone.
+
+    Raises:
+        TypeError: a layer's map does not: its dropout or positional projection has hooks, or is of another class.
+    """
+    layers = attention_layers(model)
+    for name, layer in layers.items():
+        if isinstance(layer, GPSA):
+            why = layer.why_dense()
+        elif drop := layer._modules.get("attn_drop"):
+            why = why_not_plain(drop, nn.Dropout, nn.Identity)
+            why = why and f"attn_drop {why}"
+        else:
+            why = ""
+        if why:
+            raise TypeError(f"{name}: {why}, which may change the map; here weights give the map: undo that first")
+    return layers
+
+
 @torch.no_grad()
 def _visit(
     model: nn.Module,
+    layers: Mapping[str, nn.Module],
     images: Tensor,
     grid_size: GridSize,
     visit: Callable[[str, nn.Module, Tensor, tuple[int, int]], None],
@@ -197,7 +221,7 @@ def _visit(
     modes = {module: module.training for module in modules.values()}
     handles = [
         modules[name].register_forward_pre_hook(partial(hook, name, layer), with_kwargs=True)
-        for name, layer in attention_layers(model).items()
+        for name, layer in layers.items()
     ]
     model.eval()
     try:
@@ -232,7 +256,7 @@ def _query_key(layer: nn.Module, x: Tensor, grid: tuple[int, int]) -> tuple[Tens
     """(B, heads, N, head_dim) queries and keys of the patches, at least float32."""
     attributes: Any = layer
     if isinstance(layer, GPSA):
-        q, k, _ = layer.query_key_value(x)
+        q, k = layer.query_key(x)
     else:
         qkv = attributes.qkv(x).unflatten(-1, (3, attributes.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = qkv[0], qkv[1]

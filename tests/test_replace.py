@@ -213,8 +213,244 @@ class TestWholeModel:
         torch.testing.assert_close(compiled(images), expected)
 
 
+class Recorder:
+    """What hooks see: names, and the sums of the tensors that they are given."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, float]] = []
+
+    def note(self, name: str, value: object) -> None:
+        value = value[0] if isinstance(value, tuple) else value
+        self.seen.append((name, value.detach().abs().sum().item()))  # type: ignore[attr-defined]
+
+
+class DropRows(nn.Module):
+    """A dropout of its own kind: whole keys go, always the same."""
+
+    def forward(self, attention):
+        return attention * (torch.arange(attention.shape[-1]) % 3 != 0)
+
+
+class Lora(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2, bias=False, dtype=torch.float64)
+        self.up = nn.Linear(2, base.out_features, bias=False, dtype=torch.float64)
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+class Halved(nn.Linear):
+    def forward(self, x):
+        return nn.Linear.forward(self, x) / 2
+
+
+class Named(nn.Dropout):
+    """A subclass may do anything."""
+
+    def forward(self, x):
+        return 0.5 * x
+
+
+def knock_out(module, inputs, attention):
+    keep = torch.ones(attention.shape[1], dtype=attention.dtype)
+    keep[1] = 0
+    return attention * keep[:, None, None]
+
+
 def patch(module, function):
     module.forward = function
+
+
+def exchange(layer, name, make):
+    setattr(layer, name, make(getattr(layer, name)))
+
+
+CHANGES = {
+    "attn_drop: rollout": lambda layer, see: layer.attn_drop.register_forward_hook(
+        lambda module, inputs, output: see("map", output)
+    ),
+    "attn_drop: knock-out": lambda layer, see: layer.attn_drop.register_forward_hook(knock_out),
+    "attn_drop: pre-hook with keywords": lambda layer, see: layer.attn_drop.register_forward_pre_hook(
+        lambda module, args, kwargs: ((args[0] * 0.7,), kwargs), with_kwargs=True
+    ),
+    "attn_drop: full backward hook": lambda layer, see: layer.attn_drop.register_full_backward_hook(
+        lambda module, d_in, d_out: see("d map", d_out)
+    ),
+    "attn_drop: full backward pre-hook": lambda layer, see: layer.attn_drop.register_full_backward_pre_hook(
+        lambda module, d_out: (d_out[0] * 0.5,)
+    ),
+    "attn_drop: identity": lambda layer, see: exchange(layer, "attn_drop", lambda old: nn.Identity()),
+    "attn_drop: hooked identity": lambda layer, see: (
+        exchange(layer, "attn_drop", lambda old: nn.Identity()),
+        layer.attn_drop.register_forward_hook(knock_out),
+    ),
+    "attn_drop: another class": lambda layer, see: exchange(layer, "attn_drop", lambda old: DropRows()),
+    "attn_drop: a subclass": lambda layer, see: exchange(layer, "attn_drop", lambda old: Named()),
+    "attn_drop: patched": lambda layer, see: patch(layer.attn_drop, lambda attention: 0.9 * attention),
+    "pos_proj: LoRA": lambda layer, see: exchange(layer, "pos_proj", Lora),
+    "pos_proj: pruned": lambda layer, see: prune.l1_unstructured(layer.pos_proj, "weight", 0.5),
+    "pos_proj: randomly pruned bias": lambda layer, see: prune.random_unstructured(layer.pos_proj, "bias", 0.5),
+    "pos_proj: weight norm by hook": lambda layer, see: nn.utils.weight_norm(layer.pos_proj),
+    "pos_proj: spectral norm by hook": lambda layer, see: nn.utils.spectral_norm(layer.pos_proj),
+    "pos_proj: weight norm": lambda layer, see: nn.utils.parametrizations.weight_norm(layer.pos_proj),
+    "pos_proj: spectral norm": lambda layer, see: nn.utils.parametrizations.spectral_norm(layer.pos_proj),
+    "pos_proj: hooked and parametrized": lambda layer, see: (
+        nn.utils.parametrize.register_parametrization(layer.pos_proj, "weight", nn.Tanh()),
+        layer.pos_proj.register_forward_hook(lambda module, inputs, output: see("position", output)),
+    ),
+    "pos_proj: hook": lambda layer, see: layer.pos_proj.register_forward_hook(
+        lambda module, inputs, output: (see("features", inputs), output * 0.5)[1]
+    ),
+    "pos_proj: full backward hook": lambda layer, see: layer.pos_proj.register_full_backward_hook(
+        lambda module, d_in, d_out: see("d position", d_out)
+    ),
+    "pos_proj: a subclass": lambda layer, see: setattr(layer.pos_proj, "__class__", Halved),
+    "pos_proj: patched": lambda layer, see: patch(layer.pos_proj, Halved.forward.__get__(layer.pos_proj, Halved)),
+    "pos_proj: a network of the coordinates": lambda layer, see: exchange(
+        layer, "pos_proj", lambda old: nn.Sequential(nn.Linear(3, 5).double(), nn.GELU(), nn.Linear(5, 4).double())
+    ),
+    "pos_proj: without bias": lambda layer, see: exchange(
+        layer, "pos_proj", lambda old: nn.Linear(3, 4, bias=False).double()
+    ),
+    "proj_drop: hook": lambda layer, see: layer.proj_drop.register_forward_hook(
+        lambda module, inputs, output: (see("out", output), output * 2)[1]
+    ),
+    "qk: LoRA": lambda layer, see: exchange(layer, "qk", Lora),
+    "qk: spectral norm by hook": lambda layer, see: nn.utils.spectral_norm(layer.qk),
+    "v: pruned": lambda layer, see: prune.l1_unstructured(layer.v, "weight", 0.5),
+    "proj: full backward hook": lambda layer, see: layer.proj.register_full_backward_hook(
+        lambda module, d_in, d_out: see("d proj", d_out)
+    ),
+    "proj: weight norm": lambda layer, see: nn.utils.parametrizations.weight_norm(layer.proj),
+}
+
+
+class TestChildrenThatAreMore:
+    """A child with hooks, a wrapper or a computed weight does in our layer what it does in timm's."""
+
+    def train(self, model: nn.Module, recorder: Recorder) -> dict[str, torch.Tensor]:
+        """Two steps: outputs, gradients and parameters of each."""
+        torch.manual_seed(3)
+        x = torch.randn(2, 16, 32, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        found = {}
+        for step in range(2):
+            optimizer.zero_grad()
+            out = model(x)
+            out.square().sum().backward()
+            found |= {f"{step} out": out.detach(), f"{step} x": x.grad.clone()}
+            found |= {f"{step} {name}": p.grad.clone() for name, p in model.named_parameters()}
+            optimizer.step()
+        found["map"] = model[0].get_attention(x).detach()
+        found |= {name: p.detach().clone() for name, p in model.named_parameters()}
+        return found | {"seen": torch.tensor([value for _, value in sorted(recorder.seen)], dtype=torch.float64)}
+
+    @pytest.mark.parametrize("first", ["changed", "replaced"])
+    @pytest.mark.parametrize("change", CHANGES)
+    def test_outputs_gradients_and_what_hooks_see(self, change, first):
+        original = nn.Sequential(perturbed(timm_layer()), perturbed(timm_layer())).double()
+        results = []
+        for ours in (False, True):
+            model, recorder = copy.deepcopy(original), Recorder()
+            if ours and first == "replaced":
+                ck.replace_gpsa(model)
+            torch.manual_seed(1)
+            CHANGES[change](model[0], recorder.note)
+            if ours and first == "changed":
+                ck.replace_gpsa(model)
+            assert isinstance(model[0], ck.GPSA) == ours
+            results.append(self.train(model, recorder))
+        theirs, mine = results
+        assert mine.keys() == theirs.keys()
+        for name, value in theirs.items():
+            torch.testing.assert_close(mine[name], value, rtol=1e-8, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}")
+
+    @pytest.mark.parametrize("register", [module.register_module_forward_hook, module.register_module_forward_pre_hook])
+    def test_hooks_on_every_module(self, register):
+        original, results = nn.Sequential(perturbed(timm_layer())).double(), []
+        for ours in (False, True):
+            model, recorder = copy.deepcopy(original), Recorder()
+            if ours:
+                ck.replace_gpsa(model)
+            handle = register(lambda module, value, *_, note=recorder.note: note(type(module).__name__, value))
+            try:
+                results.append((self.train(model, recorder), sorted(recorder.seen)))
+            finally:
+                handle.remove()
+        (theirs, seen_by_theirs), (mine, seen_by_mine) = results
+        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
+        assert [name for name, _ in seen_by_mine] == [name for name, _ in seen_by_theirs]
+
+    def test_quantized_children(self):
+        model = nn.Sequential(perturbed(timm_layer()).eval())
+        x = torch.randn(2, 16, 32)
+        model(x)  # timm's layer makes its coordinates where qk.weight is, which will be no tensor
+        quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+        expected = quantized(x)
+        ck.replace_gpsa(quantized)
+        torch.testing.assert_close(quantized(x), expected, rtol=1e-4, atol=1e-5)
+
+    def test_a_weight_that_is_a_tensor_of_another_kind(self):
+        layer = perturbed(timm_layer())
+        layer.pos_proj.weight = nn.Parameter(TwoTensor(layer.pos_proj.weight.detach(), layer.pos_proj.weight.detach()))
+        replaced, x = ck.GPSA.from_module(layer), torch.randn(2, 16, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(replaced(x).a, layer(x).a, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("backend", [backend.name for backend in ck.backends() if backend.available])
+    @pytest.mark.parametrize(
+        ("change", "text"),
+        [
+            ("attn_drop: knock-out", "attn_drop has hooks"),
+            ("attn_drop: another class", "attn_drop is a DropRows"),
+            ("pos_proj: patched", "pos_proj has a forward of its own"),
+            ("pos_proj: pruned", "pos_proj has hooks"),
+        ],
+    )
+    def test_a_fast_backend_by_name_says_that_it_cannot(self, backend, change, text):
+        layer = perturbed(timm_layer()).double()
+        CHANGES[change](layer, None)
+        replaced, x = ck.GPSA.from_module(layer, backend=backend), torch.randn(2, 16, 32, dtype=torch.float64)
+        if backend == "reference":
+            torch.testing.assert_close(replaced(x), layer(x))
+        else:
+            with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot run: {text}.*backend to None"):
+                replaced(x)
+
+    @pytest.mark.parametrize("kind", ["vissl", "imaging", "dytox"])
+    def test_layers_of_other_projects(self, kind):
+        layer = perturbed(LAYERS[kind](32, 4))
+        layer.pos_proj.register_forward_hook(lambda module, inputs, output: 0.5 * output)
+        x = torch.randn(2, 16, 32)
+        torch.testing.assert_close(output(ck.GPSA.from_module(layer), x), output(layer, x), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("change", ["attn_drop: another class", "pos_proj: pruned", "pos_proj: weight norm"])
+    def test_compiled_without_a_graph_break(self, change):
+        layer = ck.GPSA.from_module(perturbed(timm_layer()).double())
+        CHANGES[change](layer, None)
+        x = torch.randn(2, 16, 32, dtype=torch.float64)
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
+
+    def test_initial_values_are_not_lost_in_a_computed_weight(self):
+        for name, change in (("pos_proj", "pos_proj: pruned"), ("qk", "qk: LoRA"), ("proj", "proj: weight norm")):
+            layer = ck.GPSA(32, 4, dtype=torch.float64)
+            CHANGES[change](layer, None)
+            before = copy.deepcopy(layer.state_dict())
+            with pytest.raises(RuntimeError, match=f"{name}, a .*, has no parameter weight to set"):
+                layer.reset_parameters()
+            torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+        layer = ck.GPSA(32, 4)
+        prune.l1_unstructured(layer, "gating_param", 0.5)
+        with pytest.raises(RuntimeError, match="the layer, a GPSA, has no parameter gating_param to set"):
+            layer.reset_parameters()
 
 
 class Subclass(convit.GPSA):
