@@ -1,6 +1,7 @@
 """The GPSA layer: projections around `gpsa_attention`, with the reference layer's signature and state_dict."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -425,7 +426,8 @@ def _agree(mine: Any, theirs: Any) -> bool:
 def adopt(module: nn.Module, kind: type[GPSA], backend: str | None) -> GPSA:
     """Our layer around a foreign one's children, parameters, buffers, hooks and settings.
 
-    They are the very objects: an optimizer made before goes on working, a state_dict keeps its keys.
+    They are the very objects: an optimizer made before goes on working, a state_dict keeps its keys. Only hooks before
+    load_state_dict that ask for the module are bound to the new one, in a dictionary of its own.
     """
     original: Any = module
     new: Any = kind.__new__(kind)
@@ -446,5 +448,16 @@ def adopt(module: nn.Module, kind: type[GPSA], backend: str | None) -> GPSA:
     for key, value in vars(module).items():
         if "hook" in key:  # the dictionaries themselves, so that the handles given out keep working
             new.__dict__[key] = value
+    new._load_state_dict_pre_hooks = _bound_to(new, module._load_state_dict_pre_hooks)
     new.training = module.training
     return new  # type: ignore[no-any-return]
+
+
+def _bound_to(module: nn.Module, hooks: dict[int, Any]) -> dict[int, Any]:
+    """Hooks before load_state_dict, those that hold a layer given another one."""
+    if not any(getattr(hook, "with_module", False) for hook in hooks.values()):
+        return hooks
+    return OrderedDict(
+        (key, type(hook)(hook.hook, module) if getattr(hook, "with_module", False) else hook)
+        for key, hook in hooks.items()
+    )

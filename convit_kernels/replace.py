@@ -57,4 +57,8 @@ def replace_gpsa(model: nn.Module, *, backend: str | None = None) -> int:
         for name, child in parent._modules.items():  # named_children would pass over a second name of one layer
             if child in replacements:
                 setattr(parent, name, replacements[child])
+    for old, new in replacements.items():  # the layer is gone, so its dictionary is free for the hooks bound anew
+        hooks = old._load_state_dict_pre_hooks
+        hooks.update(new._load_state_dict_pre_hooks)
+        new._load_state_dict_pre_hooks = hooks
     return len(replacements)

@@ -1,6 +1,7 @@
 """replace_gpsa: the same model, faster; or a clear refusal and the model untouched."""
 
 import copy
+import gc
 import threading
 
 import foreign
@@ -626,6 +627,105 @@ class TestForks:
     def test_any_scale(self, scale):
         layer, x = foreign.OfficialGPSA(32, 4, qk_scale=scale), torch.randn(2, 16, 32)
         torch.testing.assert_close(ck.GPSA.from_module(layer)(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+HOOKS = {
+    "forward": lambda layer, call: layer.register_forward_hook(lambda module, inputs, out: call(module, out * 2)),
+    "forward with keywords": lambda layer, call: layer.register_forward_hook(
+        lambda module, args, kwargs, out: call(module, out * 2), with_kwargs=True, prepend=True
+    ),
+    "forward pre": lambda layer, call: layer.register_forward_pre_hook(
+        lambda module, args: call(module, (args[0] * 2,))
+    ),
+    "forward pre with keywords": lambda layer, call: layer.register_forward_pre_hook(
+        lambda module, args, kwargs: call(module, ((args[0] * 2,), kwargs)), with_kwargs=True
+    ),
+    "backward": lambda layer, call: layer.register_full_backward_hook(
+        lambda module, d_in, d_out: call(module, (d_in[0] * 2,))
+    ),
+    "backward pre": lambda layer, call: layer.register_full_backward_pre_hook(
+        lambda module, d_out: call(module, (d_out[0] * 2,))
+    ),
+    "backward as it was": lambda layer, call: layer.register_backward_hook(
+        lambda module, d_in, d_out: call(module, None)
+    ),
+    "state_dict": lambda layer, call: layer.register_state_dict_post_hook(
+        lambda module, state, prefix, metadata: call(module, state.update({prefix + "note": torch.ones(1)}))
+    ),
+    "state_dict pre": lambda layer, call: layer.register_state_dict_pre_hook(
+        lambda module, prefix, keep_vars: call(module, None)
+    ),
+    "load_state_dict pre": lambda layer, call: layer.register_load_state_dict_pre_hook(
+        lambda module, state, prefix, *_: call(module, state.pop(prefix + "note", None) and None)
+    ),
+    "load_state_dict pre without module": lambda layer, call: layer._register_load_state_dict_pre_hook(
+        lambda state, prefix, *_: call(None, state.pop(prefix + "note", None) and None)
+    ),
+    "load_state_dict post": lambda layer, call: layer.register_load_state_dict_post_hook(
+        lambda module, keys: call(module, None)
+    ),
+}
+
+
+class TestHooksOfTheLayer:
+    def use(self, model: nn.Module) -> list[torch.Tensor]:
+        torch.manual_seed(4)
+        x = torch.randn(2, 16, 32, dtype=torch.float64, requires_grad=True)
+        out = model(x)
+        gradients = torch.autograd.grad(out.square().sum(), [x, *model.parameters()])
+        state = model.state_dict()
+        model.load_state_dict({**state, "0.note": torch.ones(1)}, strict=False)
+        return [out, torch.tensor(len(state)), *gradients]
+
+    @pytest.mark.parametrize("first", ["hooked", "replaced"])
+    @pytest.mark.parametrize("kind", HOOKS)
+    def test_every_kind_is_called_with_the_new_layer_until_its_handle_removes_it(self, kind, first):
+        original, results, counts = nn.Sequential(perturbed(timm_layer())).double(), [], []
+        for ours in (False, True):
+            model, modules = copy.deepcopy(original), []
+
+            def call(module, value, modules=modules):
+                modules.append(module)
+                return value
+
+            if ours and first == "replaced":
+                ck.replace_gpsa(model)
+            handle = HOOKS[kind](model[0], call)
+            if ours and first == "hooked":
+                ck.replace_gpsa(model)
+            gc.collect()
+            results.append(self.use(model))
+            counts.append(len(modules))
+            assert {id(module) for module in modules} <= {id(model[0]), id(None)}
+            handle.remove()
+            results.append(self.use(model))
+            assert len(modules) == counts[-1] > 0
+        theirs, theirs_after, mine, mine_after = results
+        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(mine_after, theirs_after, rtol=1e-8, atol=1e-9)
+        assert counts[0] == counts[1]
+
+    def test_a_hook_that_is_called_whatever_happens(self):
+        model, calls = nn.Sequential(timm_layer()), []
+        model[0].register_forward_hook(lambda *_: calls.append("called"), always_call=True)
+        ck.replace_gpsa(model)
+        with pytest.raises(RuntimeError):
+            model(torch.randn(2, 16, 31))
+        assert calls == ["called"]
+
+    def test_from_module_leaves_the_original_its_own(self):
+        layer, modules = timm_layer(), []
+        layer.register_load_state_dict_pre_hook(lambda module, *_: modules.append(module))
+        replaced = ck.GPSA.from_module(layer)
+        for each in (layer, replaced):
+            each.load_state_dict(each.state_dict())
+        assert modules == [layer, replaced]
+
+    def test_dytox_s_tuple(self):
+        layer, calls = perturbed(foreign.DyToxGPSA(32, 4)), []
+        layer.register_full_backward_hook(lambda module, d_in, d_out: calls.append(len(d_out)))
+        ck.GPSA.from_module(layer)(torch.randn(2, 16, 32, requires_grad=True))[0].sum().backward()
+        assert calls == [3]
 
 
 class TestRefusals:
