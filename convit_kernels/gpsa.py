@@ -81,6 +81,7 @@ class GPSA(nn.Module):
     attn_drop: nn.Module
     pos_proj: nn.Module
     gating_param: nn.Parameter
+    scale: Any  # a number, or a tensor that broadcasts to (B, H, N, 1) where another project learns it
     _gate_name = "gating_param"
 
     def __init__(
@@ -432,7 +433,9 @@ def adopt(module: nn.Module, kind: type[GPSA], backend: str | None) -> GPSA:
     original: Any = module
     new: Any = kind.__new__(kind)
     nn.Module.__init__(new)
-    new.dim, new.num_heads, new.scale = original.dim, original.num_heads, original.scale
+    new.dim, new.num_heads = original.dim, original.num_heads
+    if "scale" not in module._parameters:
+        new.scale = original.scale
     new.locality_strength = getattr(original, "locality_strength", 1.0)
     new.use_local_init = kind is not _TupleOutput  # DyTox's reset_parameters leaves the convolution out
     new.grid_size = getattr(original, "current_grid_size", None)

@@ -267,15 +267,15 @@ def _query_key(layer: nn.Module, x: Tensor, grid: tuple[int, int]) -> tuple[Tens
     return q[:, :, -patches:].to(dtype), k[:, :, -patches:].to(dtype)
 
 
-def _scale(layer: nn.Module) -> float:
-    return float(layer.scale)  # type: ignore[arg-type]
+def _scale(layer: Any) -> float | Tensor:
+    return layer.scale.detach() if isinstance(layer.scale, Tensor) else float(layer.scale)
 
 
 def _gate(layer: GPSA) -> Tensor:
     return torch.sigmoid(layer.gate().detach().double())
 
 
-def _content_distance(q: Tensor, k: Tensor, scale: float, grid: tuple[int, int]) -> Tensor:
+def _content_distance(q: Tensor, k: Tensor, scale: float | Tensor, grid: tuple[int, int]) -> Tensor:
     """Mean distance under softmax(scale * q k^T), (heads,) float64: over queries and images, block by block."""
     batch, heads, tokens, _ = q.shape
     token = torch.arange(tokens, device=q.device)

@@ -424,3 +424,14 @@ class PersistentPosition(Layer):
     def __init__(self, dim, num_heads=8, **options):
         super().__init__(dim, num_heads, **options)
         self.register_buffer("rel_indices", self.features(4, 4))
+
+
+@named("GPSA")
+class LearntScale(Layer):
+    """One temperature a head, or one for all."""
+
+    def __init__(self, dim, num_heads=8, each_head=True, **options):
+        super().__init__(dim, num_heads, **options)
+        scale = torch.full((num_heads, 1, 1) if each_head else (), self.scale)
+        del self.scale
+        self.scale = nn.Parameter(scale)

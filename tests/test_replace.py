@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import io
+import pickle
 import threading
 
 import foreign
@@ -15,6 +17,7 @@ from torch.nn.utils import prune
 from torch.testing._internal.two_tensor import TwoTensor
 
 import convit_kernels as ck
+from convit_kernels import locality
 
 
 def perturbed(layer: nn.Module) -> nn.Module:
@@ -576,6 +579,30 @@ class TestForks:
         assert list(replaced.state_dict()) == list(layer.state_dict())
         assert [name for name, _ in replaced.named_buffers()] == [name for name, _ in layer.named_buffers()]
 
+    @pytest.mark.parametrize("each_head", [True, False])
+    def test_a_learnt_scale_goes_on_learning(self, each_head):
+        layer = perturbed(foreign.LearntScale(32, 4, each_head))
+        replaced = ck.GPSA.from_module(layer, backend="reference")
+        assert list(replaced.state_dict()) == list(layer.state_dict())
+        assert replaced.scale is layer.scale
+        expected, found = (
+            gradients(each, torch.randn(2, 16, 32, generator=torch.Generator())) for each in (layer, replaced)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        model = nn.Sequential(replaced)
+        (map_,) = locality.attention_maps(model, x := torch.randn(2, 16, 32), (1, 2)).values()
+        torch.testing.assert_close(map_.flatten(2), layer.eval().get_attention(x)[:, :, 6], rtol=1e-4, atol=1e-5)
+        distance = torch.einsum("bhnm,nm->h", layer.get_attention(x), layer.rel_indices[0, :, :, 2].sqrt()) / 32
+        torch.testing.assert_close(
+            locality.nonlocality(model, x)[0].nonlocality, distance.double(), rtol=1e-4, atol=1e-5
+        )
+
+    def test_a_scale_of_another_kind_is_refused(self):
+        layer = foreign.LearntScale(32, 4)
+        layer.scale = nn.Parameter(torch.ones(5))
+        with pytest.raises(TypeError, match="its forward fails on random tokens"):
+            ck.GPSA.from_module(layer)
+
     def test_nobody_notices_the_trial(self):
         layer, calls = foreign.KeepsItsMaps(32, 4, attn_drop=0.2), []
         layer.attn_drop.register_forward_hook(lambda *_: calls.append("child"))
@@ -726,6 +753,121 @@ class TestHooksOfTheLayer:
         layer.register_full_backward_hook(lambda module, d_in, d_out: calls.append(len(d_out)))
         ck.GPSA.from_module(layer)(torch.randn(2, 16, 32, requires_grad=True))[0].sum().backward()
         assert calls == [3]
+
+
+class TestOtherProtocols:
+    """What else PyTorch does with a module, on one of ours that has taken timm's place."""
+
+    def pair(self) -> tuple[nn.Module, nn.Module]:
+        layer = perturbed(timm_layer()).double()
+        model = nn.Sequential(copy.deepcopy(layer))
+        ck.replace_gpsa(model)
+        return layer, model[0]
+
+    x = torch.randn(2, 16, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def same(self, mine, theirs) -> None:
+        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
+
+    @pytest.mark.parametrize("alone", ["frozen", "trained"])
+    @pytest.mark.parametrize("part", [name for name, _ in timm_layer().named_parameters()])
+    def test_one_part_frozen_or_trained_alone(self, part, alone):
+        theirs, mine = self.pair()
+        for layer in (theirs, mine):
+            for name, parameter in layer.named_parameters():
+                parameter.requires_grad_((name == part) == (alone == "trained"))
+            layer(self.x).square().sum().backward()
+        for (name, ours), reference in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+            assert (ours.grad is None) == (reference.grad is None), name
+            self.same(ours.grad, reference.grad)
+
+    def test_copies_and_files(self):
+        theirs, mine = self.pair()
+        torch.save(mine, file := io.BytesIO())
+        file.seek(0)
+        for each in (
+            copy.deepcopy(mine),
+            pickle.loads(pickle.dumps(mine)),
+            torch.load(file, weights_only=False),
+            mine.share_memory(),
+        ):
+            self.same(each(self.x), theirs(self.x))
+
+    def test_from_the_meta_device(self):
+        theirs, mine = self.pair()
+        for load in ({}, {"assign": True}):
+            layer = ck.GPSA(32, 4, device="meta", dtype=torch.float64)
+            if not load:
+                layer.to_empty(device="cpu")
+            layer.load_state_dict(theirs.state_dict(), **load)
+            self.same(layer(self.x), theirs(self.x))
+        emptied = mine.to("meta").to_empty(device="cpu")
+        emptied.load_state_dict(theirs.state_dict())
+        self.same(emptied(self.x), theirs(self.x))
+
+    def test_other_parameters_for_one_call(self):
+        theirs, mine = self.pair()
+        parameters = {name: torch.randn_like(parameter) / 3 for name, parameter in mine.named_parameters()}
+        found, expected = (torch.func.functional_call(layer, parameters, (self.x,)) for layer in (mine, theirs))
+        self.same(found, expected)
+
+    def test_an_ensemble(self):
+        _, mine = self.pair()
+        layers = [mine, copy.deepcopy(mine), copy.deepcopy(mine)]
+        for layer in layers:
+            perturbed(layer)
+        state = torch.func.stack_module_state(layers)
+        found = torch.func.vmap(lambda *each: torch.func.functional_call(mine, each, (self.x,)))(*state)
+        self.same(found, torch.stack([layer(self.x) for layer in layers]))
+
+    def test_a_replica_of_data_parallel(self):
+        theirs, mine = self.pair()
+        replica = mine._replicate_for_data_parallel()
+        replicas = {name: child._replicate_for_data_parallel() for name, child in mine.named_children()}
+        replica._modules = replicas
+        for original, each in ((mine, replica), *((mine.get_submodule(name), each) for name, each in replicas.items())):
+            for name, parameter in original._parameters.items():
+                setattr(each, name, None if parameter is None else parameter * 1)
+        self.same(replica(self.x), theirs(self.x))
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda layer: nn.utils.parametrize.register_parametrization(layer, "gating_param", nn.Tanh()),
+            lambda layer: prune.l1_unstructured(layer, "gating_param", 0.5),
+            lambda layer: setattr(layer, "gating_param", nn.Parameter(torch.linspace(-2, 2, 4).double())),
+            lambda layer: layer.register_parameter("gating_param", nn.Parameter(torch.linspace(-2, 2, 4).double())),
+            lambda layer: setattr(layer, "pos_proj", copy.deepcopy(timm_layer().pos_proj).double()),
+            lambda layer: setattr(layer, "scale", 0.7),
+        ],
+    )
+    def test_changed_after_the_fact(self, change):
+        results = []
+        for layer in self.pair():
+            torch.manual_seed(2)
+            change(layer)
+            optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+            for _ in range(2):
+                optimizer.zero_grad()
+                layer(self.x).square().sum().backward()
+                optimizer.step()
+            results.append([layer(self.x), *(p.grad for p in layer.parameters())])
+        self.same(results[1], results[0])
+
+    def test_heads_that_do_not_fit_the_parameters(self):
+        _, mine = self.pair()
+        mine.num_heads = 8
+        with pytest.raises(ValueError, match=r"\(8, 3\) for 8 heads"):
+            mine(self.x)
+
+    def test_tied_weights_stay_tied(self):
+        model = nn.Sequential(perturbed(timm_layer()), perturbed(timm_layer())).double()
+        model[1].pos_proj, model[1].gating_param = model[0].pos_proj, model[0].gating_param
+        model[1].qk.weight = model[0].qk.weight
+        expected, count = model(self.x), len(list(model.parameters()))
+        ck.replace_gpsa(model)
+        assert len(list(model.parameters())) == count
+        self.same(model(self.x), expected)
 
 
 class TestRefusals:
