@@ -50,8 +50,11 @@ def why_not(module: nn.Module) -> str:
 
 
 def _layout(module: nn.Module) -> str:
-    missing = [name for name in ("v", "proj", "pos_proj", *_DROPOUTS) if not hasattr(module, name)]
-    if not hasattr(module, "qk") and not (hasattr(module, "q") and hasattr(module, "k")):
+    children = {name for name, child in module._modules.items() if child is not None}
+    if "_orig_mod" in children:
+        return "it is compiled by itself: replace the layer first and compile it then"
+    missing = [name for name in ("v", "proj", "pos_proj", *_DROPOUTS) if name not in children]
+    if "qk" not in children and not {"q", "k"} <= children:
         missing.append("qk (or q and k)")
     if not hasattr(module, "gating_param") and not hasattr(module, "alpha"):
         missing.append("gating_param (or alpha)")
@@ -113,8 +116,6 @@ def _position_in_use(module: nn.Module) -> str:
 
 def _additions(module: nn.Module) -> str:
     """What the layer holds that the reference does not."""
-    if "_orig_mod" in module._modules:
-        return "it is compiled by itself: replace the layer first and compile it then"
     parametrized = sorted(getattr(module, "parametrizations", {}))
     if parametrized:
         return f"its {', '.join(parametrized)} is parametrized: replace the layer first and parametrize it then"
@@ -178,8 +179,9 @@ def _methods(module: nn.Module) -> str:
 def trial_copy(module: nn.Module) -> nn.Module:
     """A layer of the same class on the CPU in float32, made without its constructor, sharing nothing with the module.
 
-    Its parameters are random, so that content, position and gate all matter; its children are plain linear layers and
-    dropouts with p=0: what the module's own are makes no difference to what its class does with them.
+    To be called within `undisturbed`. Its parameters are random, so that content, position and gate all matter; its
+    children are plain linear layers and dropouts with p=0: what the module's own are makes no difference to what its
+    class does with them.
     """
     attributes: Any = module
     dim, heads = int(attributes.dim), int(attributes.num_heads)
@@ -190,9 +192,8 @@ def trial_copy(module: nn.Module) -> nn.Module:
     gains |= {"q": gains["qk"], "k": gains["qk"]}
     generator = torch.Generator().manual_seed(0)
 
-    def uniform(*shape: int, largest: float) -> nn.Parameter:
-        values = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
-        return nn.Parameter((2 * values - 1) * largest)
+    def uniform(*shape: int, least: float, most: float) -> nn.Parameter:
+        return nn.Parameter(least + (most - least) * torch.rand(shape, generator=generator))
 
     new: Any = object.__new__(type(module))
     nn.Module.__init__(new)
@@ -200,7 +201,7 @@ def trial_copy(module: nn.Module) -> nn.Module:
         if name not in vars(new):
             vars(new)[name] = _on_cpu(value) if isinstance(value, Tensor) else copy.deepcopy(value)
     for name, parameter in module._parameters.items():
-        value = None if parameter is None else uniform(*parameter.shape, largest=2)
+        value = None if parameter is None else uniform(*parameter.shape, least=0.5, most=2)  # also where it is a scale
         new.register_parameter(name, value)
     for name, buffer in module._buffers.items():
         new.register_buffer(name, None if buffer is None else _on_cpu(buffer))
@@ -208,8 +209,9 @@ def trial_copy(module: nn.Module) -> nn.Module:
         if name in _LINEAR:
             inputs, outputs = (sizes[size] for size in _LINEAR[name])
             layer = nn.Linear(inputs, outputs, device="meta")  # no values of its own
-            layer.weight = uniform(outputs, inputs, largest=gains.get(name, 1) * (3 / dim) ** 0.5)
-            layer.bias = uniform(outputs, largest=0.5)
+            most = gains.get(name, 1) * (3 / dim) ** 0.5
+            layer.weight = uniform(outputs, inputs, least=-most, most=most)
+            layer.bias = uniform(outputs, least=-0.5, most=0.5)
             new.add_module(name, layer)
         elif name in _DROPOUTS:
             new.add_module(name, nn.Dropout(0.0))

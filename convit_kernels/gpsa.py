@@ -396,7 +396,10 @@ def _agreeing_kind(trial: Any, tokens: int) -> type[GPSA]:
         if kind is GPSA and isinstance(theirs, tuple) and len(theirs) == 3:
             kind = _TupleOutput
         ours = adopt(trial, kind, "reference")
-        mine = run(ours)
+        try:
+            mine = run(ours)
+        except (ValueError, RuntimeError) as error:
+            raise TypeError(f"its parameters do not fit the reference's: {error}") from error
         if isinstance(mine, tuple):  # the map is the one output that it leaves out
             mine = (mine[0], run(ours, "get_attention"), mine[2])
         if not _agree(mine, theirs):

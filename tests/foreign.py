@@ -435,3 +435,17 @@ class LearntScale(Layer):
         scale = torch.full((num_heads, 1, 1) if each_head else (), self.scale)
         del self.scale
         self.scale = nn.Parameter(scale)
+
+
+@named("GPSA")
+class BroadcastGate(Layer):
+    def make_gate(self):
+        self.gating_param = nn.Parameter(torch.ones(1, self.num_heads, 1, 1))
+
+
+@named("GPSA")
+class FunctionForValues(Layer):
+    def __init__(self, dim, num_heads=8, **options):
+        super().__init__(dim, num_heads, **options)
+        del self.v
+        self.v = torch.tanh

@@ -519,6 +519,8 @@ FORKS = {
     "loading": (foreign.OwnLoading, "has its own _load_from_state_dict, on which PyTorch relies"),
     "property": (foreign.ScheduledScale, "its scale is computed by a property"),
     "not ready": (foreign.NeedsSetting, "its forward fails on random tokens.*no attribute 'not_set_yet'"),
+    "gate of another shape": (foreign.BroadcastGate, "its parameters do not fit the reference's: gate must have shape"),
+    "values of no layer": (lambda *_: foreign.FunctionForValues(32, 4, use_local_init=False), "it has no v:"),
     "subclass": (Subclass, "it overrides get_attention of timm.models.convit.GPSA.*subclass convit_kernels.GPSA"),
     "subclass with a grid": (WideGrid, "it overrides get_rel_indices of timm.models.convit.GPSA"),
     "patched forward": (
@@ -637,6 +639,8 @@ class TestForks:
             with torch.autocast("cpu", torch.bfloat16):
                 ck.GPSA.from_module(layer)
             with torch.device("meta"):
+                ck.GPSA.from_module(layer)
+            with torch.inference_mode():
                 ck.GPSA.from_module(layer)
             torch.set_default_dtype(torch.float64)
             try:
