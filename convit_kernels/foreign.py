@@ -193,7 +193,7 @@ def trial_copy(module: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
 
     def uniform(*shape: int, least: float, most: float) -> nn.Parameter:
-        return nn.Parameter(least + (most - least) * torch.rand(shape, generator=generator))
+        return nn.Parameter(torch.empty(shape).uniform_(least, most, generator=generator))
 
     new: Any = object.__new__(type(module))
     nn.Module.__init__(new)

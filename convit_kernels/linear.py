@@ -115,6 +115,7 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
     """
     if (
         not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]  # it does not know the op
         and wanted()
         and isinstance(layer, nn.Linear)
         and not why_not_plain(layer, nn.Linear)
