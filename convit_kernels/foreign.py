@@ -7,7 +7,8 @@ same class to be run beside ours.
 
 import copy
 import inspect
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -238,6 +239,92 @@ def why_not_position(trial: nn.Module) -> str:
     return ""
 
 
+def _tokens(trial: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, math.prod(trial_grid(trial)), trial.dim, generator=generator)
+
+
+def _run(layer: nn.Module, x: Tensor, method: str = "forward") -> Any:
+    """What the method gives, in place of None in a tuple the map that it stands for."""
+    torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs, too
+    result = getattr(layer, method)(x)
+    if isinstance(result, tuple):
+        return tuple(_run(layer, x, "get_attention") if each is None else each for each in result)
+    return result
+
+
+def _run_and_differentiate(layer: nn.Module, x: Tensor) -> tuple[Any, ...]:
+    """The outputs, and the gradients of x and of every parameter, for a loss to which each output's place matters."""
+    x = x.clone().requires_grad_()
+    layer.zero_grad()
+    with torch.enable_grad():
+        result = _run(layer, x)
+        out = result[0] if isinstance(result, tuple) else result
+        if not isinstance(out, Tensor):
+            return (result,)
+        (out * torch.linspace(-1, 2, out.numel()).view_as(out)).sum().backward()
+    return result, x.grad, *(parameter.grad for parameter in layer.parameters())
+
+
+def returns_tuple(trial: nn.Module) -> bool:
+    try:
+        return isinstance(_run(trial, _tokens(trial)), tuple)
+    except Exception:  # another project's code, which may fail in any way: `difference` says in which
+        return False
+
+
+def difference(trial: Any, ours: Any) -> str:
+    """What a trial copy does otherwise than our layer with its parameters and children; "" where they agree.
+
+    Compared are outputs in both modes and with dropout, gradients, and what the layers say of their maps.
+    """
+    x = _tokens(trial)
+
+    def compare(what: Callable[..., Any], name: str) -> str:
+        try:
+            theirs = what(trial, x)
+        except Exception as error:  # another project's code, which may fail in any way
+            return f"on random tokens it fails to give {name} ({type(error).__name__}: {error})"
+        try:
+            mine = what(ours, x)
+        except (ValueError, RuntimeError) as error:
+            return f"its parameters do not fit the reference's: {error}"
+        return "" if _agree(mine, theirs) else f"for the same tokens it gives other {name} than the reference"
+
+    for training, dropout_p, what in (
+        (True, 0.0, _run_and_differentiate),
+        (True, 0.5, _run),
+        (False, 0.0, _run),
+    ):
+        trial.training = ours.training = training
+        for drop in (trial.attn_drop, trial.proj_drop):
+            drop.training, drop.p = training, dropout_p
+        outputs = "outputs or gradients" if what is _run_and_differentiate else "outputs"
+        case = f"{outputs} in {'training' if training else 'evaluation'} mode{' with dropout' if dropout_p else ''}"
+        if reason := compare(what, case):
+            return reason
+    for name in ("get_attention", "get_attention_map"):
+        try:
+            theirs = _run(trial, x, name)
+        except Exception:  # missing, or with other arguments: then ours gives no result in its place
+            continue
+        if not _agree(_run(ours, x, name), theirs):
+            return f"for the same tokens its {name} gives something else than the reference's"
+    return ""
+
+
+def _agree(mine: Any, theirs: Any) -> bool:
+    """Whether two results are the same up to the rounding of float32."""
+    if isinstance(mine, tuple) and isinstance(theirs, tuple):
+        return len(mine) == len(theirs) and all(map(_agree, mine, theirs))
+    if isinstance(mine, float) and isinstance(theirs, float):
+        return math.isclose(mine, theirs, rel_tol=1e-4)
+    if not isinstance(mine, Tensor) or not isinstance(theirs, Tensor) or mine.shape != theirs.shape:
+        return mine is theirs is None
+    # what cancels to zero, as the gradient of pos_proj.bias, leaves rounding
+    return bool((mine - theirs).abs().max() <= 1e-4 * theirs.abs().max() + 1e-5)
+
+
 def _on_cpu(tensor: Tensor) -> Tensor:
     """A copy, in float32 if it is of floating point."""
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
@@ -246,7 +333,7 @@ def _on_cpu(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Runs trials so that nobody notices: no gradients, no autocast, no hooks on every module, RNG as it was."""
+    """Runs trials so that nobody notices: float32, no autocast, no hooks on every module, RNG as it was."""
     state = vars(nn.modules.module)
     hooks = [state[name] for name in state if name.startswith("_global_") and isinstance(state[name], dict)]
     saved, dtype = [dict(each) for each in hooks], torch.get_default_dtype()
@@ -256,6 +343,7 @@ def undisturbed() -> Iterator[None]:
     try:
         with (
             torch.random.fork_rng(devices=[]),
+            torch.inference_mode(False),
             torch.no_grad(),
             torch.autocast("cpu", enabled=False),
             torch.device("cpu"),

@@ -449,3 +449,26 @@ class FunctionForValues(Layer):
         super().__init__(dim, num_heads, **options)
         del self.v
         self.v = torch.tanh
+
+
+@named("GPSA")
+class DetachedPosition(Layer):
+    """The same outputs; the positions do not learn."""
+
+    def position(self):
+        return super().position().detach()
+
+
+@named("GPSA")
+class WithoutGradient(Layer):
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+@named("GPSA")
+class Checkpointed(Layer):
+    """Less memory, the same outputs and gradients."""
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)

@@ -392,6 +392,15 @@ class TestChildrenThatAreMore:
         torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
         assert [name for name, _ in seen_by_mine] == [name for name, _ in seen_by_theirs]
 
+    def test_dropout_draws_as_the_reference_does(self):
+        layer = perturbed(timm_layer(attn_drop=0.3, proj_drop=0.2)).double()
+        layer.attn_drop.register_forward_hook(knock_out)
+        x, results = torch.randn(2, 16, 32, dtype=torch.float64), []
+        for each in (layer, ck.GPSA.from_module(layer)):
+            torch.manual_seed(11)
+            results.append(each(x))
+        torch.testing.assert_close(results[1], results[0])
+
     def test_quantized_children(self):
         model = nn.Sequential(perturbed(timm_layer()).eval())
         x = torch.randn(2, 16, 32)
@@ -502,23 +511,28 @@ def own_method_as_hook(layer):
 
 FORKS = {
     "convolution": (foreign.WithConvolution, "it has the child conv"),
-    "smoothed": (foreign.Smoothed, "other outputs for the same tokens, in training mode"),
-    "map while training": (foreign.MapWhileTraining, "other outputs for the same tokens, in training mode"),
-    "pair": (foreign.Pair, "other outputs for the same tokens"),
-    "dictionary": (foreign.Dictionary, "other outputs for the same tokens"),
-    "scaled": (foreign.ScaledOutput, "other outputs for the same tokens"),
+    "smoothed": (foreign.Smoothed, "gives other outputs or gradients in training mode"),
+    "map while training": (foreign.MapWhileTraining, "gives other outputs or gradients in training mode"),
+    "pair": (foreign.Pair, "gives other outputs or gradients"),
+    "dictionary": (foreign.Dictionary, "gives other outputs or gradients"),
+    "scaled": (foreign.ScaledOutput, "gives other outputs or gradients"),
     "layer scale": (foreign.LayerScale, "it has the parameter gamma"),
-    "residual": (foreign.Residual, "other outputs for the same tokens"),
-    "noise": (foreign.NoisyMap, "other outputs for the same tokens, in training mode"),
+    "residual": (foreign.Residual, "gives other outputs or gradients"),
+    "noise": (foreign.NoisyMap, "gives other outputs or gradients in training mode"),
     "mask": (foreign.MaskedMap, "it has the buffer mask"),
-    "DropKey": (foreign.DropsLogits, "other outputs for the same tokens, in training mode, with dropout"),
-    "inverted gate": (foreign.InvertedGate, "other outputs for the same tokens"),
-    "another distance": (foreign.OwnDistance, "its get_attention_map does something else"),
+    "DropKey": (foreign.DropsLogits, "gives other outputs in training mode with dropout"),
+    "inverted gate": (foreign.InvertedGate, "gives other outputs or gradients"),
+    "another distance": (foreign.OwnDistance, "its get_attention_map gives something else"),
     "argument": (foreign.FurtherArgument, "its forward takes mask=None"),
     "any arguments": (foreign.AnyArguments, r"its forward takes \*args"),
     "loading": (foreign.OwnLoading, "has its own _load_from_state_dict, on which PyTorch relies"),
     "property": (foreign.ScheduledScale, "its scale is computed by a property"),
-    "not ready": (foreign.NeedsSetting, "its forward fails on random tokens.*no attribute 'not_set_yet'"),
+    "not ready": (
+        foreign.NeedsSetting,
+        "on random tokens it fails to give outputs or gradients.*no attribute 'not_set_yet'",
+    ),
+    "detached position": (foreign.DetachedPosition, "for the same tokens it gives other outputs or gradients"),
+    "without gradient": (foreign.WithoutGradient, "on random tokens it fails to give outputs or gradients"),
     "gate of another shape": (foreign.BroadcastGate, "its parameters do not fit the reference's: gate must have shape"),
     "values of no layer": (lambda *_: foreign.FunctionForValues(32, 4, use_local_init=False), "it has no v:"),
     "subclass": (Subclass, "it overrides get_attention of timm.models.convit.GPSA.*subclass convit_kernels.GPSA"),
@@ -573,7 +587,9 @@ class TestForks:
         with pytest.raises(TypeError, match=f"cannot be replaced exactly: .*{text}"):
             ck.GPSA.from_module(other)
 
-    @pytest.mark.parametrize("make", [OwnConstructor, foreign.KeepsItsMaps, foreign.PersistentPosition])
+    @pytest.mark.parametrize(
+        "make", [OwnConstructor, foreign.KeepsItsMaps, foreign.PersistentPosition, foreign.Checkpointed]
+    )
     def test_what_makes_no_difference_is_taken_over(self, make):
         layer, x = perturbed(make(32) if make is OwnConstructor else make(32, 4)), torch.randn(2, 16, 32)
         replaced = ck.GPSA.from_module(layer)
@@ -602,7 +618,7 @@ class TestForks:
     def test_a_scale_of_another_kind_is_refused(self):
         layer = foreign.LearntScale(32, 4)
         layer.scale = nn.Parameter(torch.ones(5))
-        with pytest.raises(TypeError, match="its forward fails on random tokens"):
+        with pytest.raises(TypeError, match="on random tokens it fails to give outputs or gradients"):
             ck.GPSA.from_module(layer)
 
     def test_nobody_notices_the_trial(self):
