@@ -193,9 +193,13 @@ class GPSA(nn.Module):
         """(B, N, dim) -> (B, H, N, head_dim)."""
         return x.reshape(x.shape[0], x.shape[1], self.num_heads, self.dim // self.num_heads).transpose(1, 2)
 
+    def _child(self, name: str) -> Any:
+        """The child itself: torch.export gives attributes of a layer that stands in two places classes of their own."""
+        return vars(self)["_modules"][name]
+
     def _why_call_position(self) -> str:
         """Why the positional logits need `pos_proj` called; "" where its weight says all."""
-        layer = self.pos_proj
+        layer = self._child("pos_proj")
         # what a parametrization computes is new at each access, and its class is made on the spot
         computed = type(layer) is not nn.Linear and is_parametrized(layer) and type(layer).__base__ is nn.Linear
         if why := why_not_plain(layer, type(layer) if computed else nn.Linear):
@@ -206,7 +210,7 @@ class GPSA(nn.Module):
 
     def why_dense(self) -> str:
         """Why forward builds the attention map and calls `pos_proj` and `attn_drop`; "" where it need not."""
-        why = why_not_plain(self.attn_drop, nn.Dropout, nn.Identity)
+        why = why_not_plain(self._child("attn_drop"), nn.Dropout, nn.Identity)
         return f"attn_drop {why}" if why else self._why_call_position()
 
     def position_weight(self) -> Tensor:
@@ -252,7 +256,7 @@ class GPSA(nn.Module):
                 )
             out = self._attention_map(q, k, grid_size, x.dtype).to(v.dtype) @ v
         else:
-            drop: Any = self.attn_drop
+            drop = self._child("attn_drop")
             out = gpsa_attention(
                 q,
                 k,
