@@ -204,8 +204,9 @@ class GPSA(nn.Module):
         computed = type(layer) is not nn.Linear and is_parametrized(layer) and type(layer).__base__ is nn.Linear
         if why := why_not_plain(layer, type(layer) if computed else nn.Linear):
             return f"pos_proj {why}"
-        if not computed and hasattr(type(layer.weight), "__tensor_flatten__"):
-            return f"pos_proj has a {type(layer.weight).__name__} as its weight"
+        kind = nn.Parameter if computed else type(layer.weight)
+        if kind is not nn.Parameter and hasattr(kind, "__tensor_flatten__"):  # a tensor around others, as if quantized
+            return f"pos_proj has a {kind.__name__} as its weight"
         return ""
 
     def why_dense(self) -> str:
