@@ -105,7 +105,7 @@ def nonlocality(
             content = (1 - gate) * content + gate * position
         entry.mixed += content * x.shape[0]
 
-    layers = _readable_layers(model)
+    layers = attention_layers(model)
     for batch in [images] if isinstance(images, Tensor) else images:
         _visit(model, layers, batch, grid_size, visit)
     if not any(entry.images for entry in found.values()):
@@ -145,7 +145,7 @@ def attention_maps(
             attention = (1 - gate) * attention + gate * position
         maps[name] = attention
 
-    _visit(model, _readable_layers(model), images, grid_size, visit)
+    _visit(model, attention_layers(model), images, grid_size, visit)
     return maps
 
 
@@ -178,24 +178,13 @@ def _is_plain(module: nn.Module) -> bool:
     )
 
 
-def _readable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers whose maps follow from their weights alone.
-
-    Raises:
-        TypeError: a layer's map does not: its dropout or positional projection has hooks, or is of another class.
-    """
-    layers = attention_layers(model)
-    for name, layer in layers.items():
-        if isinstance(layer, GPSA):
-            why = layer.why_dense()
-        elif drop := layer._modules.get("attn_drop"):
-            why = why_not_plain(drop, nn.Dropout, nn.Identity)
-            why = why and f"attn_drop {why}"
-        else:
-            why = ""
-        if why:
-            raise TypeError(f"{name}: {why}, which may change the map; here weights give the map: undo that first")
-    return layers
+def _why_unreadable(layer: nn.Module) -> str:
+    """Why a layer's map does not follow from its weights alone; "" when it does."""
+    if isinstance(layer, GPSA):
+        return layer.why_dense()
+    drop = layer._modules.get("attn_drop")
+    why = "" if drop is None else why_not_plain(drop, nn.Dropout, nn.Identity)
+    return why and f"attn_drop {why}"
 
 
 @torch.no_grad()
@@ -210,6 +199,8 @@ def _visit(
     image_grid = _image_grid(model, images) if grid_size is None else parse_grid(grid_size)
 
     def hook(name: str, layer: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if why := _why_unreadable(layer):  # asked here, where sharded parameters are whole
+            raise TypeError(f"{name}: {why}, which may change the map; here weights give the map: undo that first")
         x = args[0] if args else kwargs["x"]
         own = None if grid_size is not None else kwargs.get("grid_size") or getattr(layer, "grid_size", None)
         try:
