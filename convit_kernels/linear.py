@@ -95,16 +95,17 @@ def wanted() -> bool:
     return chosen and bool(torch.backends.mkldnn.enabled) and works()
 
 
-def _is_plain(layer: nn.Linear) -> bool:
-    """Whether calling the layer is F.linear of its parameters and nothing else."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return (
-        type(layer) is nn.Linear
-        and type(layer.weight) is nn.Parameter
-        and "forward" not in vars(layer)
-        and not any(hooks)
-        and not nn.modules.module._has_any_global_hook()
-    )
+def why_not_plain(layer: nn.Module, *kinds: type[nn.Module]) -> str:
+    """Why calling the layer is more than the forward of one of these classes on what it holds; "" when it is not."""
+    if type(layer) not in kinds:
+        return f"is a {type(layer).__name__}, not an nn.{kinds[0].__name__}"
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return "has hooks"
+    if "forward" in vars(layer):
+        return "has a forward of its own"
+    if nn.modules.module._has_any_global_hook():
+        return "is seen by hooks on every module"
+    return ""
 
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:
@@ -114,9 +115,11 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
     """
     if (
         not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]  # it does not know the op
         and wanted()
         and isinstance(layer, nn.Linear)
-        and _is_plain(layer)
+        and not why_not_plain(layer, nn.Linear)
+        and type(layer.weight) is nn.Parameter
         and type(x) is Tensor
         and x.device.type == "cpu"
         and x.dtype == layer.weight.dtype == torch.float32

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .gpsa import GPSA
+from .gpsa import GPSA, is_foreign
 from .grid import GridSize, parse_grid, resolve_grid
+from .linear import why_not_plain
 from .relpos import relative_position_tables
-from .variants import is_foreign_gpsa
 
 # entries of attention maps in memory at a time: 16 MB in float32
 _ENTRIES = 1 << 22
@@ -50,9 +50,9 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
         ValueError: the model has no such layers.
     """
     layers = {
-        name: GPSA.from_module(module) if is_foreign_gpsa(module) else module
+        name: GPSA.from_module(module) if is_foreign(module) else module
         for name, module in model.named_modules()
-        if isinstance(module, GPSA) or is_foreign_gpsa(module) or _is_plain(module)
+        if isinstance(module, GPSA) or is_foreign(module) or _is_plain(module)
     }
     if not layers:
         raise ValueError(
@@ -86,7 +86,8 @@ def nonlocality(
         over its heads.
 
     Raises:
-        TypeError: a GPSA layer whose mathematics differs, or a grid_size that is no pair.
+        TypeError: a GPSA layer whose mathematics differs, a layer whose map does not follow from its weights alone
+            (hooks on its dropout, a pruned or wrapped positional projection), or a grid_size that is no pair.
         ValueError: no attention layers, no images, or tokens that do not fill the grid.
     """
     found: dict[str, _Sum] = {}
@@ -104,8 +105,9 @@ def nonlocality(
             content = (1 - gate) * content + gate * position
         entry.mixed += content * x.shape[0]
 
+    layers = attention_layers(model)
     for batch in [images] if isinstance(images, Tensor) else images:
-        _visit(model, batch, grid_size, visit)
+        _visit(model, layers, batch, grid_size, visit)
     if not any(entry.images for entry in found.values()):
         raise ValueError("images must have at least one image")
     return [entry.result(name) for name, entry in found.items()]
@@ -143,7 +145,7 @@ def attention_maps(
             attention = (1 - gate) * attention + gate * position
         maps[name] = attention
 
-    _visit(model, images, grid_size, visit)
+    _visit(model, attention_layers(model), images, grid_size, visit)
     return maps
 
 
@@ -176,9 +178,19 @@ def _is_plain(module: nn.Module) -> bool:
     )
 
 
+def _why_unreadable(layer: nn.Module) -> str:
+    """Why a layer's map does not follow from its weights alone; "" when it does."""
+    if isinstance(layer, GPSA):
+        return layer.why_dense()
+    drop = layer._modules.get("attn_drop")
+    why = "" if drop is None else why_not_plain(drop, nn.Dropout, nn.Identity)
+    return why and f"attn_drop {why}"
+
+
 @torch.no_grad()
 def _visit(
     model: nn.Module,
+    layers: Mapping[str, nn.Module],
     images: Tensor,
     grid_size: GridSize,
     visit: Callable[[str, nn.Module, Tensor, tuple[int, int]], None],
@@ -187,6 +199,8 @@ def _visit(
     image_grid = _image_grid(model, images) if grid_size is None else parse_grid(grid_size)
 
     def hook(name: str, layer: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if why := _why_unreadable(layer):  # asked here, where sharded parameters are whole
+            raise TypeError(f"{name}: {why}, which may change the map; here weights give the map: undo that first")
         x = args[0] if args else kwargs["x"]
         own = None if grid_size is not None else kwargs.get("grid_size") or getattr(layer, "grid_size", None)
         try:
@@ -198,7 +212,7 @@ def _visit(
     modes = {module: module.training for module in modules.values()}
     handles = [
         modules[name].register_forward_pre_hook(partial(hook, name, layer), with_kwargs=True)
-        for name, layer in attention_layers(model).items()
+        for name, layer in layers.items()
     ]
     model.eval()
     try:
@@ -233,7 +247,7 @@ def _query_key(layer: nn.Module, x: Tensor, grid: tuple[int, int]) -> tuple[Tens
     """(B, heads, N, head_dim) queries and keys of the patches, at least float32."""
     attributes: Any = layer
     if isinstance(layer, GPSA):
-        q, k, _ = layer.query_key_value(x)
+        q, k = layer.query_key(x)
     else:
         qkv = attributes.qkv(x).unflatten(-1, (3, attributes.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = qkv[0], qkv[1]
@@ -244,15 +258,15 @@ def _query_key(layer: nn.Module, x: Tensor, grid: tuple[int, int]) -> tuple[Tens
     return q[:, :, -patches:].to(dtype), k[:, :, -patches:].to(dtype)
 
 
-def _scale(layer: nn.Module) -> float:
-    return float(layer.scale)  # type: ignore[arg-type]
+def _scale(layer: Any) -> float | Tensor:
+    return layer.scale.detach() if isinstance(layer.scale, Tensor) else float(layer.scale)
 
 
 def _gate(layer: GPSA) -> Tensor:
     return torch.sigmoid(layer.gate().detach().double())
 
 
-def _content_distance(q: Tensor, k: Tensor, scale: float, grid: tuple[int, int]) -> Tensor:
+def _content_distance(q: Tensor, k: Tensor, scale: float | Tensor, grid: tuple[int, int]) -> Tensor:
     """Mean distance under softmax(scale * q k^T), (heads,) float64: over queries and images, block by block."""
     batch, heads, tokens, _ = q.shape
     token = torch.arange(tokens, device=q.device)

@@ -248,6 +248,12 @@ class TestHouse:
         assert "gpsa_attention" in {getattr(node.target, "__name__", "") for node in traced.graph.nodes}
         assert torch.equal(traced(x), layer(x))
 
+    @pytest.mark.parametrize("strict", [True, False])
+    def test_a_layer_in_two_places_is_exported_as_it_runs(self, strict):
+        layer = perturbed(ck.GPSA(32, 4, backend="composite"))
+        model, x = nn.Sequential(layer, nn.Sequential(layer)), torch.randn(2, 16, 32)
+        torch.testing.assert_close(torch.export.export(model, (x,), strict=strict).module()(x), model(x))
+
     def test_deepcopy_and_repr(self):
         layer = ck.GPSA(32, 4, grid_size=(2, 8))
         assert torch.equal(copy.deepcopy(layer)(torch.ones(1, 16, 32)), layer(torch.ones(1, 16, 32)))

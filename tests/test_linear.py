@@ -132,6 +132,13 @@ def test_autocast_and_transforms_take_the_layer():
     torch.testing.assert_close(found, 2 * layer(x))
 
 
+def test_torch_jit_traces_the_layer():
+    layer, x = ck.GPSA(24, 3), torch.randn(2, 9, 24)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, x)
+        torch.testing.assert_close(traced(2 * x), layer(2 * x))
+
+
 class TestTransforms:
     layer = nn.Linear(4, 3)
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 from timm.models import convit
 from torch import nn
+from torch.nn.utils import prune
 from typer.testing import CliRunner
 
 import convit_kernels as ck
@@ -314,6 +315,25 @@ class TestErrors:
     def test_a_gpsa_of_other_mathematics(self):
         with pytest.raises(TypeError, match="cannot be replaced exactly: its positional features"):
             locality.gates(nn.Sequential(foreign.MirroredGPSA(32, 4)))
+
+    @pytest.mark.parametrize("layer", [ck.GPSA(32, 4), convit.GPSA(32, 4), convit.MHSA(32, 4)])
+    def test_a_map_that_hooks_may_change(self, layer):
+        model, images = nn.Sequential(layer), torch.randn(1, 16, 32)
+        handle = layer.attn_drop.register_forward_hook(lambda module, inputs, attention: 0 * attention)
+        for function in (locality.nonlocality, lambda *given: locality.attention_maps(*given, (0, 0))):
+            with pytest.raises(TypeError, match=r"0: attn_drop has hooks, which may change the map.*undo that first"):
+                function(model, images)
+        handle.remove()
+        locality.nonlocality(model, images)
+
+    def test_positional_weights_that_cannot_be_read(self):
+        layer = ck.GPSA(32, 4)
+        prune.l1_unstructured(layer.pos_proj, "weight", 0.5)
+        with pytest.raises(TypeError, match="0: pos_proj has hooks, which may change the map"):
+            locality.nonlocality(nn.Sequential(layer), torch.randn(1, 16, 32))
+        with pytest.raises(RuntimeError, match="positional weights cannot be read: pos_proj has hooks"):
+            layer.position_weight()
+        assert locality.gates(nn.Sequential(layer))["0"].shape == (4,)
 
     def test_no_images(self):
         for images in (torch.randn(0, 3, 32, 32), []):

@@ -17,8 +17,7 @@ from torch.profiler import record_function
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..gpsa import GPSA
-from ..variants import is_foreign_gpsa
+from ..gpsa import GPSA, is_foreign
 
 PHASES = {
     "projections": "queries, keys and values from the input",
@@ -154,7 +153,7 @@ def follow(module: nn.Module) -> Iterator[dict[str, str]]:
     """
     marks: dict[Tensor, str] = {}
     for layer in module.modules():
-        if isinstance(layer, GPSA) or is_foreign_gpsa(layer):
+        if isinstance(layer, GPSA) or is_foreign(layer):
             for name, parameter in layer.named_parameters():
                 if mark := _MARKS.get(name.partition(".")[0]):
                     marks[parameter] = mark
