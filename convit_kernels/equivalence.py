@@ -12,7 +12,7 @@ that rounding can move it:
 - w sqrt(n (s^2 / 3 + q / 6)) where it is a sum s of n terms, as of a matrix product, w the unit roundoff of what is
   added up in (float32 for half precision), q the sum of the terms' squares: that is w times the root of the sum of
   the squares of all partial sums, on average over the orders of adding up, and far above w |s| where terms cancel.
-  n counts up to BLOCK: longer sums are to be added up in blocks;
+  A sum that is no product counts BLOCK terms at most: libraries add those up in blocks, and long products not always;
 - u (|dP| + sum P |dP|) P for a softmax's gradient P (dP - sum P dP), whose two parts a fused backward finds apart;
 - for the softmax P of content, in one direction for a row, w |lse| P and what those sums do to its logits, where a
   backward finds P anew, from logits that it adds up once more and the log-sum-exp of the forward's: PyTorch's fused
@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 DRAWS = 4
-BLOCK = 512  # terms of a sum that may be added up one after the other
+BLOCK = 512
 NAMES = ("out", "dq", "dk", "dv", "d_pos_weight", "d_gate")
 
 Results = Mapping[str, Tensor | None]
@@ -250,4 +250,4 @@ class _Rounding(TorchDispatchMode):
 
     def _added_up(self, result: Tensor, squares: Tensor, terms: int) -> Tensor:
         """What adding up `terms` terms may do to their sum, given the sum of their squares."""
-        return self._accumulate * (min(terms, BLOCK) * (result.square() / 3 + squares / 6)).sqrt()
+        return self._accumulate * (terms * (result.square() / 3 + squares / 6)).sqrt()

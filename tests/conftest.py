@@ -34,9 +34,8 @@ def seeded(seed: int) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """How near the results of the session came to what the rule of equivalence allows."""
-    if shares:
-        worst = ", ".join(f"{name} {share:.2f}" for name, share in sorted(shares.items(), key=lambda item: -item[1]))
-        terminalreporter.write_line(f"largest errors, as a part of what is allowed: {worst}")
+    for name, (share, test) in sorted(shares.items(), key=lambda item: -item[1][0])[:3]:
+        terminalreporter.write_line(f"{share:.2f} of what is allowed: {name} in {test.removesuffix(' (call)')}")
 
 
 @pytest.fixture(autouse=True)
