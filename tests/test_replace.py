@@ -598,10 +598,11 @@ class TestForks:
         assert list(replaced.state_dict()) == list(layer.state_dict())
         assert [name for name, _ in replaced.named_buffers()] == [name for name, _ in layer.named_buffers()]
 
+    @pytest.mark.parametrize("backend", [None, "composite", "reference"])
     @pytest.mark.parametrize("each_head", [True, False])
-    def test_a_learnt_scale_goes_on_learning(self, each_head):
+    def test_a_learnt_scale_goes_on_learning(self, each_head, backend):
         layer = perturbed(foreign.LearntScale(32, 4, each_head))
-        replaced = ck.GPSA.from_module(layer, backend="reference")
+        replaced = ck.GPSA.from_module(layer, backend=backend)
         assert list(replaced.state_dict()) == list(layer.state_dict())
         assert replaced.scale is layer.scale
         expected, found = (
