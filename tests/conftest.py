@@ -13,12 +13,12 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpre
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--seeds", type=int, default=1, help="Run each test with so many seeds of its random values.")
+    parser.addoption("--seeds", type=int, default=1, help="Run each test of equivalence with so many seeds.")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     seeds = metafunc.config.getoption("--seeds")
-    if seeds > 1:
+    if seeds > 1 and metafunc.definition.get_closest_marker("equivalence"):
         metafunc.parametrize("seed", range(seeds))
 
 
