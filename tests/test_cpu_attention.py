@@ -1,8 +1,11 @@
 """The fused CPU kernels: exact for every instruction set, shape and layout, the same bits on any number of threads."""
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import native_mutants
 import pytest
 import torch
 from equivalence import Inputs, assert_as_exact, eager_attention, make_inputs, problem, with_gradients
@@ -271,6 +274,17 @@ class TestBlocks:
 
     def test_the_largest_logit_of_a_negative_scale(self):
         check((5, 7), head_dim=16, scale=-0.25, logits=1e4)
+
+
+class TestMutants:
+    """`make mutants` holds that each is noticed."""
+
+    def test_the_sources_have_what_they_change_and_here_is_the_test_that_notices(self, tmp_path):
+        shutil.copytree(Path(__file__).parent.parent / "csrc", tmp_path / "csrc")
+        native_mutants.plant(tmp_path)
+        for mutant in native_mutants.MUTANTS:
+            name, test = mutant.test.split("::")
+            assert hasattr(globals()[name], test), mutant.test
 
 
 class TestLayout:
