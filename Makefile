@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SOURCES := setup.py convit_kernels/schemas.py $(wildcard csrc/*)
 
-.PHONY: demo test steady kernels bench results lint abi sanitize clean
+.PHONY: demo test steady kernels bench results lint abi sanitize mutants clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -53,21 +53,34 @@ lint: $(VENV)/built
 abi: $(VENV)/built $(ABI_VENV)/ready
 	PYTHONPATH=. $(ABI_VENV)/bin/python -m pytest tests/test_relpos.py $(ARGS)
 
+define copy_sources
+	rm -rf $(1)
+	mkdir -p $(1)
+	cp -r setup.py pyproject.toml README.md csrc convit_kernels $(1)
+	rm -f $(1)/convit_kernels/*.so
+endef
+
 # The CPU library under the compiler's sanitizers, without the tests that only repeat its paths on larger or more data.
 # CONVIT_KERNELS_EMULATE=1 takes AVX-512's kernels in on any x86-64; they alone compile for minutes.
 SANITIZED := build/sanitized
 SANITIZERS := -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: $(VENV)/built
-	rm -rf $(SANITIZED)
-	mkdir -p $(SANITIZED)
-	cp -r setup.py pyproject.toml README.md csrc convit_kernels $(SANITIZED)
-	rm -f $(SANITIZED)/convit_kernels/*.so
+	$(call copy_sources,$(SANITIZED))
 	cd $(SANITIZED) && CONVIT_KERNELS_CPU=1 CONVIT_KERNELS_CUDA=0 CXXFLAGS="$(SANITIZERS)" \
 		LDFLAGS="$(SANITIZERS)" $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		$(abspath $(BIN))/python -m pytest $(abspath tests)/test_cpu_attention.py $(abspath tests)/test_relpos.py \
 		-k "not Memory and not compile and not inductor and not average and not any_grid and not 1024" $(ARGS)
+
+# Wrong kernels of the CPU, all in one build: on every instruction set the tests must notice each of them.
+MUTANTS := build/mutants
+mutants: $(VENV)/built
+	$(call copy_sources,$(MUTANTS))
+	$(BIN)/python tests/native_mutants.py $(MUTANTS)
+	cd $(MUTANTS) && CONVIT_KERNELS_CPU=1 CONVIT_KERNELS_CUDA=0 CXXFLAGS=-O1 \
+		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace
+	cd $(MUTANTS) && PYTHONPATH=. $(abspath $(BIN))/python $(abspath tests)/native_mutants.py
 
 clean:
 	rm -rf $(VENV) $(ABI_VENV) build *.egg-info convit_kernels/*.so

@@ -1,8 +1,11 @@
 """The fused CPU kernels: exact for every instruction set, shape and layout, the same bits on any number of threads."""
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import native_mutants
 import pytest
 import torch
 from equivalence import Inputs, assert_as_exact, eager_attention, make_inputs, problem, with_gradients
@@ -185,20 +188,103 @@ class TestExtremes:
         out = ck.gpsa_attention(q, q, v, torch.zeros(1, 3), torch.zeros(1), backend="cpu")
         assert torch.equal(out, v)
 
-    def test_half_precision_rounds_to_nearest(self):
-        """Every float16 number and its neighbours' middle, against torch's own conversion; NaN and infinity too."""
-        every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
-        v = every.view(1, -1, 1, 16).transpose(0, 1).reshape(-1, 1, 1, 16)
+
+@pytest.mark.usefixtures("instruction_set")
+class TestRounding:
+    """How often a result is rounded, and to what: sharper than by the rule, as eager rounds far more often."""
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_rounds_to_nearest(self, dtype):
+        """Every number and the middle between neighbours, against torch's own conversion; NaN and infinity too."""
+        v = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+        # dot products of bfloat16 take what is subnormal for zero
+        v = v if dtype == torch.float16 else v[~(v.abs() < 4 * torch.finfo(dtype).tiny)]
+        v = v.view(-1, 1, 1, 1).expand(-1, -1, -1, 9)  # in a vector and apart
         q, pos_weight = torch.zeros_like(v), torch.zeros(1, 3)
         out = ck.gpsa_attention(q, q, v, pos_weight, torch.zeros(1), backend="cpu")
-        assert torch.equal(out.nan_to_num(nan=0.0), v.nan_to_num(nan=0.0))
-        assert torch.equal(out.isnan(), v.isnan())
-        # two tokens with weights of one half each: sums of neighbours fall between two numbers
-        pair = torch.stack((v, v.roll(1, 0)), dim=2).view(-1, 1, 2, 16)
+        torch.testing.assert_close(out, v, rtol=0, atol=0, equal_nan=True)
+        pair = torch.cat((v, v.roll(1, 0)), dim=2)  # weights of one half each
         q = torch.zeros_like(pair)
-        out = ck.gpsa_attention(q, q, pair, pos_weight, torch.zeros(1), grid_size=(1, 2), backend="cpu")[:, 0, 0]
-        expected = (pair[:, 0].float() / 2).sum(1).to(torch.float16)
-        assert torch.equal(out.nan_to_num(nan=0.0), expected.nan_to_num(nan=0.0))
+        out = ck.gpsa_attention(q, q, pair, pos_weight, torch.zeros(1), grid_size=(1, 2), backend="cpu")[:, :, :1]
+        expected = (pair.float() / 2).sum(2, keepdim=True).to(dtype)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("grid", [(3, 5), (14, 14), (37, 45)])
+    def test_half_precision_errs_by_two_roundings(self, grid, dtype):
+        """The map's, by a unit roundoff of the values that it weighs, and the output's; float32's are far below."""
+        inputs = make_inputs(1, 1, grid, 13, dtype)
+        exact = inputs.to(torch.float64)
+        out = eager_attention(exact, grid, 0.3)
+        weighed = eager_attention(exact._replace(v=exact.v.abs()), grid, 0.3)
+        allowed = 1.01 * torch.finfo(dtype).eps / 2 * (weighed + out.abs())
+        assert ((attend(inputs, grid, 0.3) - out).abs() <= allowed).all()
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_gradients_in_half_precision_are_rounded_once(self, dtype):
+        """To the nearest of those in float32, where another order of sums may move a last digit."""
+        inputs = make_inputs(2, 2, (14, 14), 13, dtype)
+        half, single = (
+            with_gradients(lambda i: attend(i, (14, 14), 0.3), i) for i in (inputs, inputs.to(torch.float32))
+        )
+        for name, mine, wide in zip(("dq", "dk", "dv"), half[1:4], single[1:4], strict=True):
+            roundings = torch.finfo(dtype).eps / 2 * wide.abs() + torch.finfo(dtype).smallest_normal * 2.0**-10
+            assert ((mine - wide).abs() <= roundings + 1e-6 * wide.abs().max()).all(), name
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("grid", [(14, 14), (37, 45)])
+    def test_the_rows_of_the_map_sum_to_one(self, grid, dtype):
+        """Hundreds of weights that are rounded to nearest err by a small part of a step of one: by far less than half.
+
+        Were they truncated, it would be most of a step.
+        """
+        inputs = make_inputs(1, 2, grid, 16, dtype, gate=-1.0)
+        ones = torch.ones_like(inputs.v)
+        inputs = inputs._replace(q=inputs.q / 2, v=ones, pos_weight=torch.zeros_like(inputs.pos_weight))
+        assert torch.equal(attend(inputs, grid), ones)
+
+    @pytest.mark.parametrize("gate", [-40.0, 40.0])
+    def test_a_softmax_in_float32(self, gate):
+        """The map itself, by values that are an identity matrix, of content and of position.
+
+        Logits are exact and differ by at most 2. Multiplied by log2(e), rounded, they err by 4 unit roundoffs of e, a
+        polynomial of degree 5 by 4, the sum of 8 such numbers by 8 + 7, and at most six more operations by 6: 29.
+        """
+        tokens = 8
+        q, k = torch.zeros(2, 64, 1, tokens, tokens)
+        q[..., 0], k[..., 0] = 1, torch.randint(-64, 65, (64, 1, tokens)) / 64
+        pos_weight, identity = torch.tensor([[1 / 8, 0, -1 / 64]]), torch.eye(tokens).expand_as(q)
+        inputs = Inputs(q, k, identity, pos_weight, torch.full((1,), gate), identity)
+        expected = eager_attention(inputs.to(torch.float64), (1, tokens), 1.0)
+        torch.testing.assert_close(attend(inputs, (1, tokens), 1.0).double(), expected, rtol=29 * 2.0**-24, atol=1e-16)
+
+
+@pytest.mark.usefixtures("instruction_set")
+class TestBlocks:
+    def test_several_in_every_accumulator(self):
+        """So many images that the queries of each are not divided further: dk and dv add up over their blocks."""
+        check((10, 15), batch=32, heads=1, head_dim=5, draws=1)
+
+    @pytest.mark.parametrize("scale", [0.25, -0.25])
+    def test_the_largest_logit_in_any_of_many_chunks(self, scale):
+        """Chunks' largest differ so much that no exponential of another's is finite."""
+        inputs = make_inputs(1, 1, (37, 45), 8, torch.float64, logits=1e4)
+        found, expected = (function(inputs, (37, 45), scale) for function in (attend, eager_attention))
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+    def test_the_largest_logit_of_a_negative_scale(self):
+        check((5, 7), head_dim=16, scale=-0.25, logits=1e4)
+
+
+class TestMutants:
+    """`make mutants` holds that each is noticed."""
+
+    def test_the_sources_have_what_they_change_and_here_is_the_test_that_notices(self, tmp_path):
+        shutil.copytree(Path(__file__).parent.parent / "csrc", tmp_path / "csrc")
+        native_mutants.plant(tmp_path)
+        for mutant in native_mutants.MUTANTS:
+            name, test = mutant.test.split("::")
+            assert hasattr(globals()[name], test), mutant.test
 
 
 class TestLayout:
