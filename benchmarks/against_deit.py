@@ -85,11 +85,11 @@ def check(task: Task, found: dict[str, Contender]) -> None:
     require_right(judge(task, {key: found[name] for name, key in keys.items() if name in found}))
     if (compiled := found.get(DEIT + FROZEN)) is not None:
         rule = expected(lambda dtype: _out(deit(task, exact=dtype == torch.float64)), task.dtype, draws=1)
-        require_right({DEIT + FROZEN: closest(rule, _out(compiled))})
+        require_right({contenders.COMPILED: closest(rule, _out(compiled))})
 
 
 def _out(contender: Contender) -> dict[str, Tensor]:
-    return {"out": contender.call(backward=False)()}
+    return {"DeiT's out": contender.call(backward=False)()}
 
 
 def share_of_attention(call: Callable[[], Any]) -> float:

@@ -63,7 +63,7 @@ def closest(rule: Mapping[str, Expected], results: Mapping[str, Tensor | None]) 
         scale = (
             largest if largest > one.allowed else 1.0
         )  # a zero, as the gradient of the position's bias: all rounding
-        found.append(Accuracy(name, error / scale, one.eager_error / scale, one.allowed / scale))
+        found.append(Accuracy(name, *(size / scale for size in (error, one.eager_error, one.allowed))))
     return max(found, key=lambda accuracy: accuracy.error / accuracy.allowed if accuracy.error else 0.0)
 
 
