@@ -58,13 +58,12 @@ def closest(rule: Mapping[str, Expected], results: Mapping[str, Tensor | None]) 
     found = []
     for name, one in rule.items():
         result = results[name]
-        error = math.inf if result is None else one.error(result)
+        share, error = (math.inf, math.inf) if result is None else (one.share(result), one.error(result))
+        # what is zero in exact arithmetic, as the gradient of the position's bias, is all rounding: no relative figure
         largest = one.exact.abs().max().item()
-        scale = (
-            largest if largest > one.allowed else 1.0
-        )  # a zero, as the gradient of the position's bias: all rounding
-        found.append(Accuracy(name, *(size / scale for size in (error, one.eager_error, one.allowed))))
-    return max(found, key=lambda accuracy: accuracy.error / accuracy.allowed if accuracy.error else 0.0)
+        scale = largest if largest > one.allowed else 1.0
+        found.append((share, Accuracy(name, *(size / scale for size in (error, one.eager_error, one.allowed)))))
+    return max(found, key=lambda entry: entry[0])[1]
 
 
 def require_right(judged: Mapping[str, Accuracy]) -> None:
