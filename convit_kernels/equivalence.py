@@ -12,7 +12,7 @@ that rounding can move it:
 - w sqrt(n (s^2 / 3 + q / 6)) where it is a sum s of n terms, as of a matrix product, w the unit roundoff of what is
   added up in (float32 for half precision), q the sum of the terms' squares: that is w times the root of the sum of
   the squares of all partial sums, on average over the orders of adding up, and far above w |s| where terms cancel.
-  A sum that is no product counts BLOCK terms at most: libraries add those up in blocks, and long products not always;
+  All n terms count: libraries add long sums up in blocks, but not always;
 - u (|dP| + sum P |dP|) P for a softmax's gradient P (dP - sum P dP), whose two parts a fused backward finds apart;
 - for the softmax P of content, in one direction for a row, w |lse| P and what those sums do to its logits, where a
   backward finds P anew, from logits that it adds up once more and the log-sum-exp of the forward's: PyTorch's fused
@@ -39,7 +39,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 DRAWS = 4
-BLOCK = 512
 NAMES = ("out", "dq", "dk", "dv", "d_pos_weight", "d_gate")
 
 Results = Mapping[str, Tensor | None]
@@ -223,14 +222,11 @@ class _Rounding(TorchDispatchMode):
         if name in _PRODUCTS:
             terms = args[1][0].numel() if name == "convolution" else args[-1].shape[-2]
             size = self._added_up(result, func(*tree_map_only(Tensor, torch.square, args), **kwargs), terms)
-            if (
-                name == "bmm" and self._recomputed
-            ):  # the logits of content; those of position are no product of a query and a key
+            if name == "bmm" and self._recomputed:  # a query by a key: logits of content, not of position
                 self._of_products[result] = size
         elif name == "sum" and result.numel():
-            size = self._added_up(
-                result, func(args[0].square(), *args[1:], **kwargs), args[0].numel() // result.numel()
-            )
+            squares = func(args[0].square(), *args[1:], **kwargs)
+            size = self._added_up(result, squares, args[0].numel() // result.numel())
         elif name == "mul" and carried is not None:
             self._of_products[result] = carried * args[1]
         elif name == "_softmax" and carried is not None:
