@@ -275,8 +275,7 @@ class GPSA(nn.Module):
         """(B, H, N, N) in dtype: the mixed map after `attn_drop`, computed in at least float32."""
         grid = resolve_grid(grid_size, q.shape[2])
         if self._why_call_position():
-            dx, dy = reference.relative_coordinates(grid, q.new_empty(0, dtype=torch.float32))
-            features = torch.stack((dx, dy, dx.square() + dy.square()), dim=-1).to(dtype)
+            features = reference.relative_features(grid, q.new_empty(0, dtype=torch.float32)).to(dtype)
             position = self._position_logits(features.expand(q.shape[0], -1, -1, -1))
             wide = torch.promote_types(torch.promote_types(q.dtype, position.dtype), torch.float32)
             content = ((q.to(wide) @ k.to(wide).transpose(-2, -1)) * self.scale).softmax(dim=-1)

@@ -19,6 +19,12 @@ def relative_coordinates(grid: tuple[int, int], like: Tensor) -> tuple[Tensor, T
     return (x[None, :] - x[:, None]).to(like.dtype), (y[None, :] - y[:, None]).to(like.dtype)
 
 
+def relative_features(grid: tuple[int, int], like: Tensor) -> Tensor:
+    """dx, dy and dx^2 + dy^2, (N, N, 3) in like's dtype and device: what the positional logits are linear in."""
+    dx, dy = relative_coordinates(grid, like)
+    return torch.stack((dx, dy, dx.square() + dy.square()), dim=-1)
+
+
 def attention_map(
     q: Tensor, k: Tensor, pos_weight: Tensor, gate: Tensor, grid: tuple[int, int], scale: float
 ) -> Tensor:
@@ -29,9 +35,7 @@ def attention_map(
     dtype = torch.promote_types(torch.promote_types(q.dtype, pos_weight.dtype), torch.float32)
     q, k, pos_weight, gate = (tensor.to(dtype) for tensor in (q, k, pos_weight, gate))
     content = ((q @ k.transpose(-2, -1)) * scale).softmax(dim=-1)
-    dx, dy = relative_coordinates(grid, pos_weight)
-    features = torch.stack((dx, dy, dx.square() + dy.square()), dim=-1)
-    position = torch.einsum("nmf,hf->hnm", features, pos_weight).softmax(dim=-1)
+    position = torch.einsum("nmf,hf->hnm", relative_features(grid, pos_weight), pos_weight).softmax(dim=-1)
     g = torch.sigmoid(gate)[:, None, None]
     return (1 - g) * content + g * position
 
