@@ -27,10 +27,10 @@ test: $(VENV)/built
 steady: $(VENV)/built
 	$(BIN)/python tests/steady.py $(ARGS)
 
-# Registers, shared memory and instructions of the Triton kernels on GPUs that need not be here, held to the budget's
-# file: all at the paper's size, and a sample of every configuration that can be chosen (ARGS=--all: each, an hour).
+# Registers, shared memory and instructions of the Triton kernels on GPUs that need not be here, held to a budget: all at
+# the paper's size, and a sample of every configuration that can be chosen (ARGS=--all: each, an hour).
 kernels: $(VENV)/built
-	$(BIN)/python -m convit_kernels.triton.budget --check --sample 29 --jobs 2 $(ARGS)
+	$(BIN)/python -m tools.machine_code.budget --check --sample 29 --jobs 2 $(ARGS)
 
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)

@@ -1,7 +1,7 @@
 """Launch configurations of the Triton kernels: a table, never an autotuner, so the first call does not stall.
 
-The table was chosen by compiling candidates for each family and reading their machine code (see `choose` and
-`machine_code`): no spill, shared memory within the device's limit, then the fewest issued instructions and the least
+The table was chosen by compiling candidates for each family and reading their machine code (tools/machine_code in the
+source tree): no spill, shared memory within the device's limit, then the fewest issued instructions and the least
 traffic between L2 and the cores. Nothing in it was timed. `store_tuned` keeps what was measured on a GPU in the user's
 cache, which `lookup` prefers to the table.
 
@@ -149,8 +149,7 @@ def lookup(
     return Config(*map(int, row.split()[bucket].split("x")))
 
 
-# ---- the user's cache of measured configurations
-# ----------------------------------------------------------------------
+# ---- the user's cache of measured configurations ---------------------------------------------------------------------
 
 
 def cache_file() -> Path:
