@@ -368,6 +368,29 @@ def test_tuned_configurations_are_kept_by_device(cache: Path) -> None:
     assert [path.name for path in cache.parent.iterdir()] == [cache.name]
 
 
+@pytest.mark.parametrize(
+    ("text", "edited", "same"),
+    [
+        ('"""Pieces that the forward', '"""What the forward', True),  # a module's docstring
+        ('    """``a b^T``, the product', '    """Another text, the product', True),  # a function's
+        ("    power = 16\n", "    power = 16  # a comment\n\n", True),
+        ("    power = 16\n", "    power = 32\n", False),
+        ('return "tf32"', 'return "ieee"', False),  # a string that is no docstring
+    ],
+)
+def test_the_hash_of_the_kernels_follows_their_code_not_their_docstrings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, edited: str, same: bool
+) -> None:
+    before = configs.source_hash()
+    for name in configs.KERNEL_SOURCES:
+        (tmp_path / name).write_text((Path(configs.__file__).parent / name).read_text())
+    common = (tmp_path / "common.py").read_text()
+    assert common.count(text) == 1
+    (tmp_path / "common.py").write_text(common.replace(text, edited))
+    monkeypatch.setattr(configs, "__file__", str(tmp_path / "configs.py"))
+    assert (configs.source_hash.__wrapped__() == before) == same
+
+
 def test_configurations_of_other_source_are_not_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configs.store_tuned("GPU A", {"forward/dense/bfloat16/48/256": configs.Config(128, 64, 8, 3)})
     monkeypatch.setattr(configs, "source_hash", lambda: "another")
