@@ -1,8 +1,6 @@
 """The package's torch.library ops: schemas, fallback kernels, fake kernels and autograd formulas.
 
-The native libraries register kernels for the CPU and CUDA dispatch keys against the same schemas; where there is none,
-torch's dispatcher finds the tables' fallback in plain PyTorch. The attention's CPU kernels are native; those for CUDA
-are written in Triton, which is imported at their first call.
+Shapes and dtypes of arguments and results are in schemas.py.
 """
 
 import importlib
@@ -69,6 +67,11 @@ class _Library(torch.library.Library):
         super().impl(op_name, fn, dispatch_key, **options)  # type: ignore[no-untyped-call]
 
 
+# Which implementation torch's dispatcher calls, by op and device:
+#   gated_attention[_backward]                                   csrc/attention_cpu.cpp, on CUDA triton/attention.py
+#   relative_position_tables[_backward], dense_position_table    csrc/relpos_cpu.cpp, on CUDA csrc/relpos_cuda.cu
+# Those of csrc register themselves when extension.py loads their library; the tables' fallback, on every device, is
+# eager_tables.py. Fake kernels (shapes alone) and autograd formulas are below, the same for every device.
 _library: torch.library.Library = _Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 
 for _name, _schema in SCHEMAS.items():
@@ -83,6 +86,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _in_triton(name: str) -> Callable[..., Any]:
+    """A function of triton/attention.py, which is imported at its first call."""
+
     def kernel(*args: Any) -> Any:
         return getattr(importlib.import_module(".triton.attention", __package__), name)(*args)
 
@@ -117,7 +122,16 @@ def _dense_fake(pos_weight: Tensor, height: int, width: int, dtype: torch.dtype)
 
 
 def attend(inputs: Inputs, philox: Tensor | None = None) -> Tensor:
-    """`gated_attention`'s output, with the parameters in the dtype it takes and nothing kept that no gradient needs."""
+    """Calls `gated_attention`, with the parameters in the dtype that it takes, and returns its output alone.
+
+    Args:
+        inputs: shapes and dtypes in `Inputs`.
+        philox: (2,) int64 on q's device, seed and offset of the dropout; needed where dropout_p > 0.
+
+    Returns:
+        (B, H, N, D) in q's dtype, a view of a contiguous (B, N, H, D) tensor. What the backward reads is saved only
+        where something needs a gradient.
+    """
     q, k, v, pos_weight, gate, grid, scale, dropout_p = inputs
     dtype = torch.promote_types(q.dtype, torch.float32)
     # a tensor under torch.func.vmap does not tell whether the one that it stands for needs a gradient
@@ -158,6 +172,7 @@ for _name, _fake in (
 
 
 def _tables_gradient(grad_row: Tensor, grad_col: Tensor, row_table: Tensor, col_table: Tensor) -> Tensor:
+    """The gradient of pos_weight, (H, 3), from the tables (H, height, height) and (H, width, width) and theirs."""
     # a second derivative needs a formula that autograd can follow
     tensors = grad_row, grad_col, row_table, col_table
     twice = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -188,7 +203,8 @@ def _dense_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     (pos_weight,) = ctx.saved_tensors
     height, width = ctx.height, ctx.width
     row_table, col_table = relative_position_tables(pos_weight, height, width)
-    grad = grad[..., : height * width].to(row_table.dtype).reshape(-1, height, width, height, width)
+    grad = grad[..., : height * width].to(row_table.dtype)  # (H, N, N), without the padding
+    grad = grad.reshape(-1, height, width, height, width)  # (H, query y, query x, key y, key x)
     grad_row = torch.einsum("hyxuw,hxw->hyu", grad, col_table)
     grad_col = torch.einsum("hyxuw,hyu->hxw", grad, row_table)
     return _tables_gradient(grad_row, grad_col, row_table, col_table), None, None, None
