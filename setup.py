@@ -168,9 +168,11 @@ class BuildNative(build_ext):
                 if wish == "1":
                     raise
                 self.remove_stale(ext)
+                missing = isinstance(error, FileNotFoundError) and error.filename
+                why = f"there is no {missing} on PATH" if missing else " ".join(str(error).split())
                 kind = "skipped" if isinstance(error, NotWantedError) else "failed"
-                self.report[kind][ext.name.rpartition(".")[2]] = " ".join(str(error).split())
-                print(f"{PACKAGE}: not building {ext.name}: {error}", file=sys.stderr)
+                self.report[kind][ext.name.rpartition(".")[2]] = why
+                print(f"{PACKAGE}: not building {ext.name}: {why}", file=sys.stderr)
         self.extensions = built
 
     def prepare(self, ext: Extension) -> None:
@@ -222,8 +224,6 @@ class BuildNative(build_ext):
             self.announce(" ".join(command), level=2)
             try:
                 subprocess.run([*command, "-o", str(target)], check=True)
-            except FileNotFoundError as error:
-                raise CannotBuildError(f"there is no compiler {command[0]} on PATH") from error
             except subprocess.CalledProcessError as error:
                 raise CannotBuildError(f"{command[0]} cannot compile {source}; its output says why") from error
             stamp.write_text(digest)

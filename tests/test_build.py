@@ -58,7 +58,7 @@ def test_a_compiler_that_fails(sources):
 def test_no_compiler_is_told_apart_from_no_wish(sources):
     build(sources, CC="no-such-compiler", CXX="no-such-compiler", CONVIT_KERNELS_CUDA="0")
     assert report(sources) == {
-        "failed": {"_C": "there is no compiler no-such-compiler on PATH"},
+        "failed": {"_C": "there is no no-such-compiler on PATH"},
         "skipped": {"_C_cuda": "CONVIT_KERNELS_CUDA=0"},
     }
 
