@@ -2,16 +2,15 @@
 # A second run finds all of that in place.
 VENV ?= .venv
 PYTHON ?= python3
-TORCH ?= torch==2.14.1 torchvision==0.29.1
-# an older torch, to prove that the libraries need no rebuild for it
-ABI_VENV ?= .venv-abi
-ABI_TORCH ?= torch==2.13.0
+# the versions that are tested; others: make test CONSTRAINTS=/dev/null TORCH=torch==2.13.0
+CONSTRAINTS ?= constraints.txt
+TORCH ?= torch torchvision
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 SOURCES := setup.py convit_kernels/schemas.py $(wildcard csrc/*)
 
-.PHONY: demo test steady kernels bench results lint abi sanitize mutants clean
+.PHONY: demo test steady kernels bench results lint sanitize mutants dist dist-test clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -47,16 +46,13 @@ results: $(VENV)/built
 lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*
 	$(BIN)/mypy
-
-# The libraries built above, loaded by another version of torch.
-abi: $(VENV)/built $(ABI_VENV)/ready
-	PYTHONPATH=. $(ABI_VENV)/bin/python -m pytest tests/test_relpos.py $(ARGS)
 
 define copy_sources
 	rm -rf $(1)
 	mkdir -p $(1)
-	cp -r setup.py pyproject.toml README.md csrc convit_kernels $(1)
+	cp -r setup.py pyproject.toml README.md LICENSE NOTICE csrc convit_kernels $(1)
 	rm -f $(1)/convit_kernels/*.so
 endef
 
@@ -82,11 +78,20 @@ mutants: $(VENV)/built
 		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 	cd $(MUTANTS) && PYTHONPATH=. $(abspath $(BIN))/python $(abspath tests)/native_mutants.py
 
+# dist/: the sdist, and one wheel for every torch and Python, checked (ARGS=--write: their figures into docs/install.md).
+dist: $(VENV)/built
+	$(BIN)/python tools/dist.py $(ARGS)
+
+# That wheel in new environments with no compiler in reach: all of them (gigabytes), or those that ARGS names.
+dist-test: $(VENV)/built
+	$(BIN)/python tools/dist.py
+	$(BIN)/python tools/dist_test.py $(ARGS)
+
 clean:
-	rm -rf $(VENV) $(ABI_VENV) build *.egg-info convit_kernels/*.so
+	rm -rf $(VENV) build dist *.egg-info convit_kernels/*.so convit_kernels/_build.json
 
 # Each stamp is written last: a set-up that was interrupted is done again, torch's from an empty environment.
-$(VENV)/torch: Makefile
+$(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) $(TORCH)
 	touch $@
@@ -98,9 +103,4 @@ $(VENV)/ready: $(VENV)/torch pyproject.toml
 
 $(VENV)/built: $(VENV)/ready $(SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace
-	touch $@
-
-$(ABI_VENV)/ready: Makefile
-	$(PYTHON) -m venv --clear $(ABI_VENV)
-	$(ABI_VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(ABI_TORCH) numpy pytest
 	touch $@

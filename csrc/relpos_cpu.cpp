@@ -46,8 +46,7 @@ template <typename T>
 AxisGradient head_gradient(const Table<T>& table, const Table<T>& grad, int64_t head) {
   AxisGradient sum;
   for (int64_t query = 0; query < table.length; ++query) {
-    sum.add_row(
-        table.row(head, query), grad.row(head, query), table.key_stride, grad.key_stride, table.length, query);
+    sum.add_row(table.row(head, query), grad.row(head, query), table.key_stride, grad.key_stride, table.length, query);
   }
   return sum;
 }

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .. import __version__
+
 
 def _output(*command: str) -> str | None:
     """What a command prints, or None where it is missing or fails."""
@@ -75,7 +77,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _installed("triton"),
         "cuda": torch.version.cuda,
-        "convit_kernels": _installed("convit_kernels"),
+        "convit_kernels": __version__,
         "commit": commit(),
     }
 
