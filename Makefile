@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 SOURCES := setup.py convit_kernels/schemas.py $(wildcard csrc/*)
 
-.PHONY: demo test steady kernels bench results lint sanitize mutants dist dist-test clean
+.PHONY: demo test steady kernels bench results lint sanitize mutants dist dist-test hub clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -86,6 +86,11 @@ dist: $(VENV)/built
 dist-test: $(VENV)/built
 	$(BIN)/python tools/dist.py
 	$(BIN)/python tools/dist_test.py $(ARGS)
+
+# The tree that Hugging Face's kernel-builder takes; it needs Nix and a network to build and publish.
+hub: $(VENV)/built
+	rm -rf build/hub
+	$(BIN)/python -m tools.hub_layout build/hub
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info convit_kernels/*.so convit_kernels/_build.json

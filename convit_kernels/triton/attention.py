@@ -6,6 +6,7 @@ import functools
 import torch
 from torch import Tensor
 
+from .._ops import ops
 from .backward import backward
 from .common import padded
 from .forward import forward
@@ -34,7 +35,6 @@ def position_tables(
     """What the kernels read of the position: the dense table (H, N, padded(N)) in q's dtype, or both factors,
     (H, height, height) and (H, width, width) in float32. What is not used is None.
     """
-    ops = torch.ops.convit_kernels
     if is_dense(q):
         return ops.dense_position_table(pos_weight, height, width, q.dtype), None, None
     return None, *ops.relative_position_tables(pos_weight, height, width)
