@@ -48,9 +48,9 @@ def check_device(device: str) -> None:
     except RuntimeError:
         kind = "unknown"
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU on this machine")
+        raise ValueError(f"device {device!r} cannot be used: torch sees no GPU on this machine; cpu can")
     if kind not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu or cuda, but is {device!r}")
+        raise ValueError(f"the device must be cpu or cuda, but is {device!r}")
 
 
 def is_cuda(device: str) -> bool:
@@ -64,9 +64,9 @@ def _cold_lines(device: str) -> torch.Tensor:
 
 
 def flush_cache(device: str) -> None:
-    """Empties a GPU's L2 by writing four times its size, so that no contender finds another's tensors there.
+    """Empties a GPU's L2 by writing four times its size, so that no implementation finds another's tensors there.
 
-    A CPU's caches are left alone: contenders run in turn, and each finds what the one before it left.
+    A CPU's caches are left alone: implementations run in turn, and each finds what the one before it left.
     """
     if is_cuda(device):
         _cold_lines(device).zero_()
@@ -89,7 +89,7 @@ def seconds(function: Call, device: str) -> float:
 def interleaved(
     functions: Mapping[str, Call], device: str, rounds: int, step: Callable[[], None] = lambda: None
 ) -> dict[str, list[float]]:
-    """Seconds of each call, one of each contender in turn, so that a change of the machine's pace meets all alike.
+    """Seconds of each call, one of each implementation in turn, so that a change of the machine's pace meets all alike.
 
     Calls `step` after each round; warming up is up to the caller.
     """
