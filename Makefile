@@ -35,8 +35,8 @@ kernels: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
-# The benchmarks, the attention's growth and whole models beside DeiT, kept by machine and commit; then the README's table
-# and the pages of docs/benchmarks from them.
+# The benchmarks, the attention's growth and whole models beside DeiT, kept by machine and commit; then the README's
+# table and the pages of docs/benchmarks from them.
 results: $(VENV)/built
 	results=$$($(BIN)/python benchmarks/publish.py --path) && \
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=$$results $(ARGS) && \

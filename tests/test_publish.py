@@ -3,12 +3,13 @@
 import json
 import math
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from invented_results import MACHINE, disturbed_run, results, row
+from invented_results import MACHINE, disturbed_run, results, row, write
 
 from convit_kernels.bench.accuracy import WrongResultsError
 from convit_kernels.bench.compare import MARK, noise_of_run
@@ -199,6 +200,30 @@ class TestReadme:
         source = publish.SECTION.search(README)["source"]
         text = publish.readme(f"before\n{begin.format(source=source)}\nold\n{end}\nafter\n")
         assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "\nold\n" not in text
+
+
+class TestCommand:
+    def test_results_go_by_machine_and_commit(self, publish, monkeypatch):
+        here = MACHINE | {"cpu": "Abacus (R) 3"}
+        monkeypatch.setattr(publish, "machine", lambda: here)
+        assert publish.new_results() == publish.RESULTS / "abacus-r-3-avx2-2-threads-abc1234.json"
+        monkeypatch.setattr(publish, "machine", lambda: here | {"gpu": "NVIDIA H100", "commit": None})
+        assert publish.new_results().name == "nvidia-h100-avx2-2-threads-no-commit.json"
+
+    def test_it_writes_table_pages_and_figures(self, publish, monkeypatch, tmp_path):
+        (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+        source = write(results(row("eager", 0.04), row()), tmp_path / "benchmarks" / "results" / "x-abc1234.json")
+        begin, end = publish.MARKERS
+        (tmp_path / "README.md").write_text(f"{begin.format(source='benchmarks/results/older.json')}\nold\n{end}\n")
+        for name, path in {"ROOT": "", "README": "README.md", "RESULTS": "benchmarks/results", "PAGES": "docs"}.items():
+            monkeypatch.setattr(publish, name, tmp_path / path)
+        monkeypatch.setattr(publish, "BUDGET", tmp_path / "budget.json")
+        (tmp_path / "budget.json").write_text('{"triton": "3", "paper": {}, "matrix": {}}')
+        monkeypatch.setattr(sys, "argv", ["publish.py", str(source)])
+        publish.main()
+        assert "(benchmarks/results/x-abc1234.json)" in (tmp_path / "README.md").read_text()
+        pages = {path.relative_to(tmp_path / "docs").as_posix() for path in (tmp_path / "docs").rglob("*.*")}
+        assert pages == {"index.md", "machine-code.md", "results-x-abc1234.md", "x-abc1234/speed-up.svg"}
 
 
 class TestPages:

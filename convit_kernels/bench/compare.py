@@ -172,7 +172,7 @@ def changes(new: Sequence[Row], old: Sequence[Row]) -> list[Change]:
     older = {row.key: row for row in old}
     now, then = speed_ups(new), speed_ups(old)
     runs = math.hypot(*(noise_of_run(rows) or 0.0 for rows in (new, old)))
-    found: list[Change] = []
+    judged: list[Change] = []
     kinds: dict[tuple[str, str], list[float]] = {}
     for row in new:
         before = older.get(row.key)
@@ -180,7 +180,7 @@ def changes(new: Sequence[Row], old: Sequence[Row]) -> list[Change]:
             continue
         change, error = _change_of_row(row, before, now.get(row.key), then.get(row.key))
         noise = DEVIATIONS_OF_A_ROW * math.hypot(error, runs)
-        found.append(Change.judged(row.group, row.implementation, change, noise))
+        judged.append(Change.judged(row.group, row.implementation, change, noise))
         kind = f"{PARTS[row.part]}, {MODES[row.backward]}"
         kinds.setdefault((kind, row.implementation), []).append(change)
     for (kind, implementation), values in kinds.items():
@@ -188,5 +188,5 @@ def changes(new: Sequence[Row], old: Sequence[Row]) -> list[Change]:
             error = math.sqrt(math.pi / 2 / len(values)) * statistics.stdev(values)
             noise = DEVIATIONS * math.hypot(error, runs / math.sqrt(len(values)))
             task = f"{kind}: all {len(values)} tasks"
-            found.append(Change.judged(task, implementation, statistics.median(values), noise))
-    return sorted(found, key=lambda change: -change.change)
+            judged.append(Change.judged(task, implementation, statistics.median(values), noise))
+    return sorted(judged, key=lambda change: -change.change)

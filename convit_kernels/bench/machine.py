@@ -41,9 +41,9 @@ def commit() -> str | None:
     here = str(Path(__file__).parent)
     if _output("git", "-C", here, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None  # installed somewhere inside another project's repository
-    found = _output("git", "-C", here, "rev-parse", "--short", "HEAD")
+    head = _output("git", "-C", here, "rev-parse", "--short", "HEAD")
     dirty = _output("git", "-C", here, "status", "--porcelain", "--untracked-files=no")
-    return f"{found}-dirty" if found and dirty else found
+    return f"{head}-dirty" if head and dirty else head
 
 
 @lru_cache(maxsize=1)

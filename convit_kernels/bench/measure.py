@@ -133,8 +133,8 @@ def peak_memory(function: Call, device: str) -> int:
 
 
 def _resident(field: str) -> int:
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
+    line = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(line[1]) * 1024 if line else 0
 
 
 def peak_resident(function: Call) -> int | None:
@@ -205,14 +205,14 @@ def arithmetic_peak(device: str, dtype: torch.dtype) -> Peak:
     side = 8192 if is_cuda(device) else 1536
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    found = {"torch.mm": _best(lambda: torch.mm(a, b, out=out), device, 2.0 * side**3)}
+    rates = {"torch.mm": _best(lambda: torch.mm(a, b, out=out), device, 2.0 * side**3)}
     onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     if onednn is not None and not is_cuda(device) and torch.backends.mkldnn.is_available():
         # private, but the way to oneDNN where torch.mm goes to MKL; it lacks products that the processor lacks
         with suppress(RuntimeError):
-            found["oneDNN"] = _best(lambda: onednn(a, b, None, "none", [], ""), device, 2.0 * side**3)
-    name = max(found, key=lambda key: found[key])
-    return Peak(found[name], f"{side} x {side} matrix product, {str(dtype)[6:]}, {name}")
+            rates["oneDNN"] = _best(lambda: onednn(a, b, None, "none", [], ""), device, 2.0 * side**3)
+    name = max(rates, key=lambda key: rates[key])
+    return Peak(rates[name], f"{side} x {side} matrix product, {str(dtype)[6:]}, {name}")
 
 
 @lru_cache

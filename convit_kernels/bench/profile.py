@@ -139,8 +139,8 @@ class Profile:
     def warnings(self) -> list[str]:
         """What the marks mean, a sentence for each implementation that was disturbed; empty where none was."""
         return [
-            f"{one.title}: {'; '.join(one.disturbances)}. It was so in each of {ATTEMPTS} attempts: "
-            "something else uses the machine, and these figures say little."
+            f"{one.title}: {'; '.join(one.disturbances)}. It is still so after {ATTEMPTS} attempts: something else "
+            "probably uses the machine, and these figures say little."
             for one in self.implementations
             if one.disturbances
         ]
