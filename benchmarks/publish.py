@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ROOT / "docs" / "benchmarks"
-BUDGET = ROOT / "tests" / "machine_code_budget.json"
+BUDGET = ROOT / "tools" / "machine_code" / "budget.json"
 
 IN_README = ("convit_tiny", "convit_small", "convit_base")
 MARKERS = "<!-- performance: begin ({source}), written by benchmarks/publish.py -->", "<!-- performance: end -->"
