@@ -25,7 +25,6 @@ from .measure import (
     Call,
     Peak,
     arithmetic_peak,
-    check_device,
     interleaved,
     is_cuda,
     memory_over_time,
@@ -216,13 +215,12 @@ def task(model: str, batch: int, backward: bool, layer: bool, device: str, dtype
     """The task that the command's options name.
 
     Raises:
-        ValueError: there is no such model, device or dtype; the text says what there is.
+        ValueError: there is no such model or dtype; the text says what there is.
     """
     if model not in ARCHITECTURES:
         raise ValueError(f"unknown model {model!r}: allowed are {', '.join(ARCHITECTURES)}")
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
-    check_device(device)
     return Task(
         "layer" if layer else "model", model, batch, backward=backward, dtype=getattr(torch, dtype), device=device
     )
@@ -236,7 +234,7 @@ def run(
     `step` is told what is being done; `trace`, a directory, receives a Chrome trace of each contender.
 
     Raises:
-        ValueError: a contender is unknown.
+        ValueError: a contender is unknown, or none can run; the text says why.
         WrongResultsError: of a contender, so that its time would be worth nothing. The text says which and how far.
     """
     contenders: dict[str, Contender] = {}
@@ -247,6 +245,8 @@ def run(
             contenders[name] = build(task, name)
         except CannotRunError as reason:
             left_out[name] = str(reason)
+    if len(left_out) == len(set(names)):
+        raise ValueError("nothing to profile: " + "; ".join(left_out.values()))
     accuracy = judge(task, contenders)
     require_right(accuracy)
 
