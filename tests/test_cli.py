@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from importlib import metadata
@@ -75,6 +76,11 @@ def test_the_package_imports_nothing_of_the_command_line():
     program = "import sys, convit_kernels as ck; print({'typer', 'rich', 'convit_kernels.cli'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_page_in_docs_is_what_the_commands_say():
+    page = runpy.run_path(str(ROOT / "tools" / "cli_page.py"))["page"]
+    assert (ROOT / "docs" / "cli.md").read_text() == page(), "run: python -m tools.cli_page"
 
 
 class TestMissingPackages:
