@@ -197,6 +197,13 @@ class TestOutput:
         path, reason = ("file", "it is no folder") if trace else ("folder", "it is a folder")
         assert_refused(run(*command, path), f"{command[-1]} {path} cannot be written: {reason}")
 
+    def test_a_cache_of_configurations_that_cannot_be_written(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setenv("CONVIT_KERNELS_CACHE_DIR", "file/cache")
+        result = run("tune")
+        assert_refused(result, "file/cache/triton_configs.json cannot be written: there is no folder file/cache")
+        assert "CONVIT_KERNELS_CACHE_DIR" in result.stderr
+
     def test_what_is_written_replaces_a_file_at_the_end(self):
         with whole(Path("file")) as draft:
             draft.write_text("new")

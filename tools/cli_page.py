@@ -42,7 +42,7 @@ def _summary(command: Any) -> str:
 
 
 def _usage(argument: Any) -> str:
-    return argument.name.upper() + ("..." if argument.nargs == -1 else "")
+    return str(argument.name.upper()) + ("..." if argument.nargs == -1 else "")
 
 
 def _written(option: Any) -> str:

@@ -124,7 +124,7 @@ def run(backend: str, device: str, chosen: list[Case]) -> Iterator[Outcome]:
         yield outcome
     if all(reasons):
         inputs, _ = chosen[0].inputs(device)
-        others = [name for name, _, _ in backends() if not why_not(name, inputs)]
+        others = [each.name for each in backends() if not why_not(each.name, inputs)]
         raise ValueError(
             f"--backend {backend} cannot run on {device} here: {reasons[0]}. What can: {', '.join(others)}"
         )
