@@ -20,7 +20,7 @@ LAYERS = [
     ("relpos",),
     ("ops",),
     ("inputs", "eager_tables", "extension", "triton.attention"),
-    ("grid", "schemas", "triton.forward", "triton.backward"),
+    ("extras", "grid", "schemas", "triton.forward", "triton.backward"),
     ("triton.common", "triton.configs"),
     ("triton.config_table",),
 ]

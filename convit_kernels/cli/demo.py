@@ -1,46 +1,74 @@
-"""timm's ConViT on real photographs, eager against replaced: differences, time, memory."""
+"""`demo`: timm's ConViT on real photographs, before and after replace_gpsa: differences, time, memory."""
 
 import copy
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import timm
 import torch
-from PIL import Image
+import typer
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from sklearn.datasets import load_sample_images
-from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
-from .bench.compare import times_faster
-from .bench.implementations import perturb
-from .bench.measure import check_device, interleaved, peak_memory
-from .equivalence import expected
-from .replace import replace_gpsa
+from ..bench.machine import machine
+from ..bench.measure import interleaved, peak_memory
+from ..equivalence import expected
+from ..replace import replace_gpsa
+from .options import Device, JsonFile
+from .output import console, write_json
 
 MODELS = ("convit_tiny", "convit_small", "convit_base")
 TOP = 5
 
 
-def check_arguments(names: Sequence[str], checkpoint: Path | None, device: str) -> None:
-    """Raises ValueError for a model that timm does not have, a checkpoint for several models, or an unusable device."""
+def command(
+    model: Annotated[
+        list[str] | None, typer.Option(help="timm model, may be repeated.", show_default=", ".join(MODELS))
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Real weights (.safetensors or .pth) for one --model.", exists=True, dir_okay=False),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each implementation, in turn.")] = 7,
+    device: Device = "auto",
+    json_file: JsonFile = None,
+) -> None:
+    """timm's ConViT on real photographs, before and after replace_gpsa: same outputs, less time."""
+    import timm
+
+    names = model or list(MODELS)
     known = timm.list_models("convit*")
     for name in names:
         if name not in known:
             raise ValueError(f"timm has no ConViT named {name!r}: allowed are {', '.join(known)}")
     if checkpoint is not None and len(names) != 1:
         raise ValueError(f"--checkpoint holds the weights of one model: give one --model, not {len(names)}")
-    check_device(device)
+    before = machine()  # afterwards the load would be the demo's own
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    results = []
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(names) * (2 + repeats))
+        for name in names:
+            progress.update(task, description=name)
+            results.append(compare(name, checkpoint, batch, repeats, device, lambda: progress.advance(task)))
+    console.print(_table(results, batch, device))
+    console.print(_load(before), highlight=False)
+    write_json(json_file, {"machine": before, "device": device, "batch": batch, "models": results})
+    if not all(result["passed"] for result in results):
+        raise typer.Exit(1)
 
 
 def photographs(batch: int, model: nn.Module) -> Tensor:
     """(batch, 3, 224, 224): crops of scikit-learn's two sample photographs, normalised as the model expects."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+    from timm.data import resolve_model_data_config
+    from torchvision.transforms import v2
+
     config = resolve_model_data_config(model)
     size = config["input_size"][-1]
     crops: list[Image.Image] = []
@@ -62,15 +90,17 @@ def photographs(batch: int, model: nn.Module) -> Tensor:
 
 def build(name: str, checkpoint: Path | None) -> nn.Module:
     """The model with real weights, or with seeded ones in which every branch of GPSA matters."""
+    import timm
+
+    from ..bench.implementations import perturb
+    from .loading import load_weights, read_checkpoint
+
     torch.manual_seed(0)
     model: nn.Module = timm.create_model(name, pretrained=False)
-    if checkpoint is not None:
-        try:
-            model.load_state_dict(timm.models.load_state_dict(str(checkpoint), weights_only=True))
-        except Exception as error:  # a damaged or foreign file fails in many ways
-            raise ValueError(f"{checkpoint} does not hold the weights of {name}: {error}") from error
-        return model.eval()
-    perturb(model)
+    if checkpoint is None:
+        perturb(model)
+    else:
+        load_weights(model, read_checkpoint(checkpoint), f"{checkpoint} does not hold the weights of {name}")
     return model.eval()
 
 
@@ -79,6 +109,8 @@ def compare(
     name: str, checkpoint: Path | None, batch: int, repeats: int, device: str, step: Callable[[], None]
 ) -> dict[str, Any]:
     """One model, eager and replaced, on the same photographs; calls `step` 2 + repeats times."""
+    from ..bench.compare import times_faster
+
     eager = build(name, checkpoint)
     images = photographs(batch, eager).to(device)
     eager = eager.to(device)
@@ -116,22 +148,8 @@ def compare(
     }
 
 
-def run(
-    names: Sequence[str], checkpoint: Path | None, batch: int, repeats: int, device: str, console: Console
-) -> list[dict[str, Any]]:
-    """`compare` for each model, under a progress bar."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    results = []
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(names) * (2 + repeats))
-        for name in names:
-            progress.update(task, description=name)
-            results.append(compare(name, checkpoint, batch, repeats, device, lambda: progress.advance(task)))
-    return results
-
-
-def render(results: Sequence[dict[str, Any]], batch: int, device: str) -> Table:
-    """The results as a table, with what its columns mean beneath it."""
+def _table(results: Sequence[dict[str, Any]], batch: int, device: str) -> Table:
+    """The results, with what the columns mean beneath them."""
     table = Table(
         title=f"timm's ConViT before and after replace_gpsa: batch {batch}, float32, {device}",
         box=SIMPLE,
@@ -159,3 +177,10 @@ def render(results: Sequence[dict[str, Any]], batch: int, device: str) -> Table:
         + ("seeded, gates and positions perturbed." if weights == "seeded" else weights)
     )
     return table
+
+
+def _load(machine: dict[str, Any]) -> str:
+    """How busy the machine was: others' work makes the times longer and less certain."""
+    load, cores, threads = machine["load_1_minute"], machine["cores"], machine["threads"]
+    load = "unknown" if load is None else f"{load:g}"
+    return f"Load of the machine before the run: {load} (1-minute average) on {cores} cores; threads used: {threads}."
