@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 from rich.markdown import Markdown
-from training.config import resolve
-from training.data import FASHION_MNIST, kind_of
+from training.data import FASHION_MNIST
 from training.files import write_atomically
 from training.study import (
     FIGURE,
@@ -23,7 +22,7 @@ from training.study import (
     RESULTS,
     TABLES,
     Study,
-    finished,
+    check,
     place_for_tables,
     read_results,
     report,
@@ -69,10 +68,7 @@ def main(
         else:
             all_options = {run: run_options(run, study, data, output) for run in runs(study)}
             with wrong_input():
-                kind = kind_of(data)
-                for options in all_options.values():
-                    resolve(options, kind)
-                    finished(options)
+                check(all_options)
             results = run_all(all_options, jobs)
         output.mkdir(parents=True, exist_ok=True)
         write_results(results, output)

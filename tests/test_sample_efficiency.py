@@ -96,12 +96,15 @@ def test_a_finished_run_is_not_repeated(idx_data: Path, tmp_path: Path) -> None:
         study.finished(dataclasses.replace(options, steps=3))
 
 
-def test_bad_input(tmp_path: Path) -> None:
+def test_bad_input(idx_data: Path, tmp_path: Path) -> None:
     arguments = ["--data", str(tmp_path / "nothing"), "--output", str(tmp_path / "out")]
     result = CliRunner().invoke(sample_efficiency.app, arguments)
     assert result.exit_code == 2 and "apt-get install dataset-fashion-mnist" in result.stderr
     result = CliRunner().invoke(sample_efficiency.app, [*arguments, "--from", str(tmp_path / "none.csv")])
     assert result.exit_code == 2 and "none.csv" in result.stderr and result.stderr.count("\n") == 1
+    arguments[1] = str(idx_data)  # of its 96 images a hundredth is too few
+    result = CliRunner().invoke(sample_efficiency.app, arguments)
+    assert result.exit_code == 2 and "3 training images do not fill one step of 16" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -4,7 +4,10 @@ import dataclasses
 import random
 
 import numpy as np
+import pytest
 import torch
+from PIL import Image
+from timm.data import auto_augment
 from tiny_images import TEST
 from training import data
 from training.config import RECIPES, Config, Options, resolve
@@ -73,6 +76,16 @@ class TestData:
         assert (options.embed_dim, options.num_heads, options.local_up_to_layer) == (432, 9, 10)
         assert options.mixup == 0.1 and options.cutmix == RECIPES["folder"]["cutmix"]
         assert resolve(Options(model="deit_small"), "folder").local_up_to_layer == 0
+
+    @pytest.mark.parametrize("name", auto_augment._RAND_INCREASING_TRANSFORMS)
+    @pytest.mark.parametrize("magnitude", [0, 9, 10])
+    def test_the_papers_augmentation_takes_every_strength(self, name: str, magnitude: int) -> None:
+        """With timm's own posterize and Pillow 13 one image in some hundred ended the run."""
+        pixels = np.random.default_rng(0).integers(1, 256, (20, 24, 3), dtype=np.uint8)
+        augmented = auto_augment.AugmentOp(name, prob=1.0, magnitude=magnitude)(Image.fromarray(pixels))
+        assert augmented.size == (24, 20)
+        if (name, magnitude) == ("PosterizeIncreasing", 10):
+            assert augmented.getextrema() == ((0, 0),) * 3
 
     def test_a_config_leaves_nothing_open(self) -> None:
         names = [field.name for field in dataclasses.fields(Config)]

@@ -17,7 +17,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from timm.data import create_transform
+from PIL import Image
+from timm.data import auto_augment, create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
@@ -269,6 +270,14 @@ class FolderSplit:
             if isinstance(batch, _Unreadable):
                 raise UnreadableImageError(f"{batch.path} cannot be read as an image: {batch.reason}")
             yield tuple(batch)
+
+
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's, which asks for 0 bits at the strongest level: black, as before Pillow 13, which refuses it."""
+    return auto_augment.posterize(image, bits) if bits > 0 else image.point(lambda _: 0)
+
+
+auto_augment.NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), posterize))
 
 
 def kind_of(path: Path) -> Kind:

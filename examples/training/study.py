@@ -29,9 +29,11 @@ from convit_kernels import models
 from convit_kernels.bench.plots import PRINT, style
 
 from .config import Options, identity, resolve
+from .data import kind_of
+from .distributed import Processes
 from .files import CHECKPOINT, write_atomically
 from .terminal import progress
-from .trainer import train
+from .trainer import Trainer, train
 
 CONVIT, DEIT = "a", "e"  # rows of Table 3
 ABLATION_RATIO = 0.1
@@ -123,6 +125,15 @@ def finished(options: Options) -> dict[str, Any] | None:
     if result["settings"] != identity(options):
         raise ValueError(f"{path} is of another study: choose another --output, or remove {options.output.parent}")
     return result
+
+
+def check(all_options: Mapping[Run, Options]) -> None:
+    """Raises what would end a run before its first step: FileNotFoundError or ValueError."""
+    for options in all_options.values():
+        finished(options)
+    fewest_images = all_options[min(all_options, key=lambda run: run.ratio)]
+    config = resolve(fewest_images, kind_of(fewest_images.data))
+    Trainer(config, Processes(0, 1, torch.device(config.device)))
 
 
 def execute(options: Options) -> dict[str, Any]:

@@ -108,8 +108,8 @@ class Trainer:
         self.steps_per_epoch = len(self._plan(0))
         if self.steps_per_epoch == 0:
             raise ValueError(
-                f"{images} training images do not fill one step of {config.batch_size} on {group.world} processes: "
-                "choose a smaller --batch-size"
+                f"{images} training images do not fill one step of {config.batch_size * group.world}: choose a smaller "
+                "--batch-size"
             )
         self.total_steps = config.steps or config.epochs * self.steps_per_epoch
 
