@@ -226,6 +226,16 @@ class TestResume:
                 path.name for path in undisturbed.output.iterdir()
             )
 
+    def test_a_checkpoint_of_an_older_version(self, options: Options) -> None:
+        """It has None where there is 0 or "" now, and the state of the learning rate's schedule."""
+        train(options, show_progress=False)
+        path = options.output / files.CHECKPOINT
+        state = files.read_checkpoint(path)
+        assert state["identity"]["steps"] == 0 and state["identity"]["img_size"] == 0
+        state["identity"] |= dict.fromkeys(("steps", "warmup_steps", "img_size", "auto_augment", "reprob"))
+        torch.save(state | {"schedule": {}}, path)
+        assert trainer(dataclasses.replace(options, resume="auto")).step == 36
+
     def test_a_log_row_that_was_cut_short_is_dropped(self, tmp_path: Path) -> None:
         path = tmp_path / "log.csv"
         path.write_text("step,loss\n1,0.5\n2,0.4\n3,0.3\n4,0")

@@ -195,7 +195,7 @@ class TestNotFinite:
         text = error(result)
         assert "is not finite after step 6: the last good checkpoint, of step 4" in text
         state = checkpoint(options)
-        assert state["step"] == 4 and files.not_finite(state) == []
+        assert state["step"] == 4 and list(files.not_finite(state)) == []
         assert resumed(options).exit_code == 0
 
     def test_before_the_first_checkpoint(self, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:

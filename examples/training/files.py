@@ -5,7 +5,7 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +159,11 @@ def load_weights(path: Path) -> tuple[models.ConViT, dict[str, Any]]:
     return model.eval(), metadata
 
 
-def not_finite(state: Any, name: str = "") -> list[str]:
-    """The names of the floating-point tensors in nested dictionaries and lists that hold NaN or infinity."""
+def not_finite(state: Any, name: str = "") -> Iterator[str]:
+    """The names of the floating-point tensors in nested dictionaries that hold NaN or infinity."""
     if isinstance(state, Tensor):
-        return [] if not state.is_floating_point() or state.isfinite().all() else [name]
-    if isinstance(state, Mapping):
-        return [found for key, value in state.items() for found in not_finite(value, f"{name}.{key}".strip("."))]
-    return []
+        if state.is_floating_point() and not state.isfinite().all():
+            yield name
+    elif isinstance(state, Mapping):
+        for key, value in state.items():
+            yield from not_finite(value, f"{name}.{key}".strip("."))

@@ -190,14 +190,14 @@ def relative_gap(deit: float, convit: float) -> str:
     return f"{100 * (convit / deit - 1):+.1f} %"
 
 
-def efficiency_table(found: Accuracies) -> str:
+def efficiency_table(scores: Accuracies) -> str:
     """In the form of the paper's Table 2."""
     lines = [
         "| images used | DeiT twin | ConViT | gap, of pairs | relative gap | the paper's, ImageNet |",
         "| ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for ratio in sorted({ratio for row, ratio in found if row == CONVIT}):
-        deit, convit = found[DEIT, ratio], found[CONVIT, ratio]
+    for ratio in sorted({ratio for row, ratio in scores if row == CONVIT}):
+        deit, convit = scores[DEIT, ratio], scores[CONVIT, ratio]
         gaps = [ours - theirs for ours, theirs in zip(convit, deit, strict=True)]
         relative = relative_gap(statistics.mean(deit), statistics.mean(convit))
         paper = relative_gap(*PAPER_TABLE_2[ratio]) if ratio in PAPER_TABLE_2 else ""
@@ -206,17 +206,17 @@ def efficiency_table(found: Accuracies) -> str:
     return "\n".join(lines)
 
 
-def ablation_table(found: Accuracies) -> str:
+def ablation_table(scores: Accuracies) -> str:
     """In the form of the paper's Table 3, the column of 10 %."""
     lines = ["| | | accuracy | the paper's, ImageNet |", "| --- | --- | ---: | ---: |"]
     for row, name in NAMES.items():
-        lines.append(f"| {row} | {name} | {spread(found[row, ABLATION_RATIO])} | {PAPER_TABLE_3[row]} |")
+        lines.append(f"| {row} | {name} | {spread(scores[row, ABLATION_RATIO])} | {PAPER_TABLE_3[row]} |")
     return "\n".join(lines)
 
 
 def report(study: Study, results: Mapping[Run, Mapping[str, Any]]) -> str:
     """Both tables in Markdown, with what they rest on."""
-    found = accuracies(results)
+    scores = accuracies(results)
     config = resolve(study.options, "idx")
     over = f"mean ± standard deviation over {study.seeds} seeds" if study.seeds > 1 else "one seed, so no spread"
     return f"""\
@@ -228,21 +228,21 @@ epochs: compare the signs, not the sizes. Top-5 of ten classes would say little.
 
 **Sample efficiency** (Table 2)
 
-{efficiency_table(found)}
+{efficiency_table(scores)}
 
 **Ablation with {ABLATION_RATIO:.0%} of the images** (Table 3)
 
-{ablation_table(found)}
+{ablation_table(scores)}
 """
 
 
-def figure(found: Accuracies) -> Figure:
+def figure(scores: Accuracies) -> Figure:
     """Accuracy by share of the images, and by row of the ablation: means, spread, and every seed as a dot."""
     drawing = Figure(figsize=(10, 4), layout="constrained")
     left, right = drawing.subplots(1, 2)
-    ratios = sorted({ratio for row, ratio in found if row == CONVIT})
+    ratios = sorted({ratio for row, ratio in scores if row == CONVIT})
     for row, name, marker in ((CONVIT, "ConViT", "o"), (DEIT, "DeiT twin", "s")):
-        samples = [found[row, ratio] for ratio in ratios]
+        samples = [scores[row, ratio] for ratio in ratios]
         left.errorbar(
             [100 * ratio for ratio in ratios],
             [statistics.mean(values) for values in samples],
@@ -261,7 +261,7 @@ def figure(found: Accuracies) -> Figure:
 
     rows = list(NAMES)[::-1]
     for height, row in enumerate(rows):
-        values = found[row, ABLATION_RATIO]
+        values = scores[row, ABLATION_RATIO]
         colour = COLOURS.get(row, "#555555")
         right.plot(values, [height] * len(values), "o", color=colour, alpha=0.5, markeredgewidth=0)
         right.plot([statistics.mean(values)], [height], "|", color=colour, markersize=18, markeredgewidth=2)

@@ -229,8 +229,8 @@ class Trainer:
     # What is not finite
 
     def _require_finite(self, state: Mapping[str, Any]) -> None:
-        """Holds the first process's state, which is the whole model's, to be finite; all processes learn of it."""
-        names = self.group.gather(not_finite(state))[0]
+        """Raises FloatingPointError in every process where the first one's state, the whole model's, is not finite."""
+        names = self.group.gather(list(not_finite(state)))[0]
         if names:
             raise self._diverged(f"{names[0]} is not finite after step {self.step}")
 
