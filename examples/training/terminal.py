@@ -1,6 +1,5 @@
 """What a person sees of a command on stderr: errors in one line, progress as a bar or, without a terminal, as lines."""
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,13 +19,16 @@ def _print_line(text: str, style: str | None = None) -> None:
 
 
 @contextmanager
-def _one_line(*kinds: type[Exception], code: int, first_only: bool = True) -> Iterator[None]:
-    """Ends the program on errors of these kinds. Where all of torchrun's processes meet one, the first prints it."""
+def _one_line(*kinds: type[Exception], code: int) -> Iterator[None]:
+    """Ends the program on errors of these kinds.
+
+    Each of torchrun's processes prints its own, though they may be the same: torchrun stops the others as soon as one
+    has ended, so that no process can leave it to another.
+    """
     try:
         yield
     except kinds as error:
-        if not first_only or os.environ.get("LOCAL_RANK", "0") == "0":
-            _print_line(f"error: {' '.join(str(error).splitlines())}", style="red")
+        _print_line(f"error: {' '.join(str(error).splitlines())}", style="red")
         raise Exit(code) from error
 
 
@@ -40,7 +42,7 @@ def wrong_input() -> Iterator[None]:
 @contextmanager
 def failures() -> Iterator[None]:
     """The work cannot go on, for numbers or files that are bad, or a full disk: one line, exit code 1."""
-    with _one_line(FloatingPointError, code=1), _one_line(OSError, code=1, first_only=False):
+    with _one_line(FloatingPointError, OSError, code=1):
         yield
 
 
