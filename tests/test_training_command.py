@@ -295,6 +295,17 @@ class TestFullDisk:
         assert (tmp_path / "log.csv").read_text().split() == ["step,loss", "1,0.5", "2,0.4"]
 
 
+def test_a_log_with_other_columns_is_kept(options: Options) -> None:
+    options = dataclasses.replace(options, epochs=1)
+    train(options, show_progress=False)
+    log = options.output / files.EVALUATIONS_LOG
+    before = log.read_bytes()
+    result = resumed(options, locality_images=0)
+    assert result.exit_code == 1
+    assert error(result) == f"error: {log} has other columns than this run: move it away to resume"
+    assert log.read_bytes() == before
+
+
 class TestDamagedImage:
     @pytest.mark.parametrize("workers", [0, 1])
     @pytest.mark.parametrize("split", ["train", "val"])
