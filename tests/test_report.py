@@ -85,7 +85,11 @@ class TestTimesFaster:
 
     def test_nothing_else_divides_eager_by_ours(self):
         found = []
-        for path in [*ROOT.glob("convit_kernels/**/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*.py")]:
+        for path in [
+            *ROOT.glob("convit_kernels/**/*.py"),
+            *ROOT.glob("benchmarks/*.py"),
+            *ROOT.glob("examples/**/*.py"),
+        ]:
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
                     dividend = ast.unparse(node.left)

@@ -10,19 +10,20 @@ import random
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from timm.data import create_transform
+from PIL import Image
+from timm.data import auto_augment, create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 from torchvision.datasets import ImageFolder
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
@@ -36,6 +37,10 @@ PADDING = -100  # the label of what only fills a batch; cross_entropy ignores it
 Kind = Literal["idx", "folder"]
 
 
+class UnreadableImageError(OSError):
+    """A file among the images that is no whole image; the text names it."""
+
+
 class Batch(NamedTuple):
     """Indices of a batch's images, and the seed of its augmentation; None: none."""
 
@@ -44,11 +49,33 @@ class Batch(NamedTuple):
 
 
 class Split(Protocol):
-    """Images with labels that come in batches: (B, C, H, W) float32, normalised, and (B,) int64."""
+    """Images with labels that come in batches: (B, C, H, W) float32, normalised, and (B,) int64.
+
+    `batches` raises UnreadableImageError where a file is damaged.
+    """
 
     labels: Tensor
 
     def batches(self, plan: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Which training images are used, and what is done to them; by default all, and nothing.
+
+    Attributes:
+        sampling_ratio: share of each class's images that is used; `seed` decides which.
+        hflip: probability that an image is mirrored.
+        crop_padding: random shifts in pixels, of IDX images.
+        auto_augment, reprob: timm's policy ("": none) and the probability of random erasing, of image files.
+    """
+
+    sampling_ratio: float = 1.0
+    seed: int = 0
+    hflip: float = 0.0
+    crop_padding: int = 0
+    auto_augment: str = ""
+    reprob: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -185,21 +212,34 @@ class TensorSplit:
             yield normalised.contiguous(), self.labels[indices].where(indices >= 0, PADDING)
 
 
-class _SeededFolder(Dataset[tuple[Tensor, int]]):
+class _Unreadable(NamedTuple):
+    """Stands for an image in a worker process: an exception would arrive with that process's traceback as its text."""
+
+    path: str
+    reason: str
+
+
+class _SeededFolder(Dataset[tuple[Tensor, int] | _Unreadable]):
     """Item (index, seed): the image of that index, transformed under that seed."""
 
     def __init__(self, folder: ImageFolder, kept: list[int]) -> None:
         self.folder = folder
         self.kept = kept
 
-    def __getitem__(self, item: tuple[int, int | None]) -> tuple[Tensor, int]:
+    def __getitem__(self, item: tuple[int, int | None]) -> tuple[Tensor, int] | _Unreadable:
         index, seed = item
-        if seed is None:
-            image, label = self.folder[self.kept[index]]
-        else:
-            with seeded(seed):
-                image, label = self.folder[self.kept[index]]
-        return image, label if index >= 0 else PADDING
+        path, label = self.folder.samples[self.kept[index]]
+        try:
+            image = self.folder.loader(path)
+        except Exception as error:  # Pillow has no common class for what a damaged file can raise
+            return _Unreadable(path, str(error))
+        with nullcontext() if seed is None else seeded(seed):
+            return self.folder.transform(image), label if index >= 0 else PADDING
+
+
+def _collate(items: list[tuple[Tensor, int] | _Unreadable]) -> Any:
+    """The batch, or its first image that cannot be read."""
+    return next((item for item in items if isinstance(item, _Unreadable)), None) or default_collate(items)
 
 
 class FolderSplit:
@@ -218,16 +258,26 @@ class FolderSplit:
             ]
             for batch in plan
         ]
-        # a generator of its own: else the loader draws from the global one, whose state is the run's
-        return iter(
-            DataLoader(
-                self.dataset,
-                batch_sampler=items,
-                num_workers=self.workers,
-                pin_memory=torch.cuda.is_available(),
-                generator=torch.Generator(),
-            )
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=items,
+            num_workers=self.workers,
+            collate_fn=_collate,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # the loader would draw from the global one, whose state is the run's
         )
+        for batch in loader:
+            if isinstance(batch, _Unreadable):
+                raise UnreadableImageError(f"{batch.path} cannot be read as an image: {batch.reason}")
+            yield tuple(batch)
+
+
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's, which asks for 0 bits at the strongest level: black, as before Pillow 13, which refuses it."""
+    return auto_augment.posterize(image, bits) if bits > 0 else image.point(lambda _: 0)
+
+
+auto_augment.NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), posterize))
 
 
 def kind_of(path: Path) -> Kind:
@@ -273,17 +323,34 @@ def _idx_split(path: Path, split: str) -> tuple[Tensor, Tensor]:
     return images[:, None], labels.long()
 
 
-def load_idx(path: Path, sampling_ratio: float, seed: int, hflip: float, padding: int) -> Data:
+def load(path: Path, img_size: int, workers: int, augmentation: Augmentation) -> Data:
+    """The data of a folder.
+
+    Args:
+        img_size: side of the images in pixels; IDX images keep theirs.
+        workers: processes that read image files.
+
+    Raises:
+        FileNotFoundError: there is no data, or a part of it is missing.
+        ValueError: it is damaged.
+    """
+    if kind_of(path) == "idx":
+        return _load_idx(path, augmentation)
+    return _load_folder(path, img_size, workers, augmentation)
+
+
+def _load_idx(path: Path, augmentation: Augmentation) -> Data:
     """Fashion-MNIST, or anything in its format, wholly in memory."""
     (images, labels), (test_images, test_labels) = (_idx_split(path, split) for split in ("train", "test"))
     if images.shape[1:] != test_images.shape[1:]:
         raise ValueError(
             f"{path}: training images have shape {tuple(images.shape[2:])}, test images {tuple(test_images.shape[2:])}"
         )
-    kept = subsample(labels, sampling_ratio, seed)
+    kept = subsample(labels, augmentation.sampling_ratio, augmentation.seed)
+    shifts = augmentation.crop_padding, augmentation.hflip
     return Data(
-        TensorSplit(images[kept], labels[kept], padding, hflip),
-        TensorSplit(test_images, test_labels, padding, hflip),
+        TensorSplit(images[kept], labels[kept], *shifts),
+        TensorSplit(test_images, test_labels, *shifts),
         img_size=(images.shape[2], images.shape[3]),
         in_chans=1,
         classes=[str(label) for label in range(int(labels.max()) + 1)],
@@ -292,24 +359,15 @@ def load_idx(path: Path, sampling_ratio: float, seed: int, hflip: float, padding
     )
 
 
-def load_folder(
-    path: Path,
-    sampling_ratio: float,
-    seed: int,
-    hflip: float,
-    img_size: int,
-    auto_augment: str,
-    reprob: float,
-    workers: int,
-) -> Data:
+def _load_folder(path: Path, img_size: int, workers: int, augmentation: Augmentation) -> Data:
     """train/ and val/ of a folder of images, transformed as for ImageNet."""
     train_transform = create_transform(
         img_size,
         is_training=True,
-        hflip=hflip,
-        auto_augment=auto_augment or None,
+        hflip=augmentation.hflip,
+        auto_augment=augmentation.auto_augment or None,
         interpolation="bicubic",
-        re_prob=reprob,
+        re_prob=augmentation.reprob,
         re_mode="pixel",
     )
     test_transform = create_transform(img_size, interpolation="bicubic", crop_pct=224 / 256)
@@ -320,7 +378,7 @@ def load_folder(
     if train.classes != test.classes:
         difference = sorted(set(train.classes) ^ set(test.classes))
         raise ValueError(f"{path}: train/ and val/ must have the same classes, but differ in {', '.join(difference)}")
-    kept = subsample(torch.tensor(train.targets), sampling_ratio, seed)
+    kept = subsample(torch.tensor(train.targets), augmentation.sampling_ratio, augmentation.seed)
     return Data(
         FolderSplit(train, kept, workers),
         FolderSplit(test, torch.arange(len(test)), workers),
