@@ -6,12 +6,13 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 # an older torch, to prove that the libraries need no rebuild for it
 ABI_VENV ?= .venv-abi
 ABI_TORCH ?= torch==2.13.0
+DOCS_VENV ?= .venv-docs
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SOURCES := setup.py convit_kernels/schemas.py $(wildcard csrc/*)
 
-.PHONY: demo test steady kernels bench results lint abi sanitize mutants clean
+.PHONY: demo test steady kernels bench results docs lint abi sanitize mutants clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -43,6 +44,10 @@ results: $(VENV)/built
 		-k attention-convit_small-forward --benchmark-json=$${results%.json}-growth.json && \
 	$(BIN)/python benchmarks/readme.py $$results && \
 	$(BIN)/python benchmarks/against_deit.py --out $${results%.json}-models.json
+
+# The site in build/site. Its tool reads the sources without importing them, so that neither torch nor a build is needed.
+docs: $(DOCS_VENV)/ready
+	$(DOCS_VENV)/bin/python tools/docs.py
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .
@@ -83,7 +88,7 @@ mutants: $(VENV)/built
 	cd $(MUTANTS) && PYTHONPATH=. $(abspath $(BIN))/python $(abspath tests)/native_mutants.py
 
 clean:
-	rm -rf $(VENV) $(ABI_VENV) build *.egg-info convit_kernels/*.so
+	rm -rf $(VENV) $(ABI_VENV) $(DOCS_VENV) build *.egg-info convit_kernels/*.so
 
 # Each stamp is written last: a set-up that was interrupted is done again, torch's from an empty environment.
 $(VENV)/torch: Makefile
@@ -103,4 +108,9 @@ $(VENV)/built: $(VENV)/ready $(SOURCES)
 $(ABI_VENV)/ready: Makefile
 	$(PYTHON) -m venv --clear $(ABI_VENV)
 	$(ABI_VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(ABI_TORCH) numpy pytest
+	touch $@
+
+$(DOCS_VENV)/ready: docs/requirements.txt
+	$(PYTHON) -m venv --clear $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
 	touch $@
