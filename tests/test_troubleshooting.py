@@ -51,15 +51,16 @@ def strings(node: ast.AST) -> Iterator[str]:
 
 def messages(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Line and pieces of each message that a module raises, warns of, or returns as a reason."""
+    returns_reasons = path.parent.name == "backends" or path.stem == "foreign"
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
-            yield node.lineno, list(strings(node.exc))
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn":
-            yield node.lineno, list(strings(node))
-        elif (
-            isinstance(node, ast.Return)
-            and isinstance(node.value, (ast.JoinedStr, ast.Constant))
-            and (path.parent.name == "backends" or path.stem == "foreign")  # there texts are returned as reasons
+        if (
+            (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call))
+            or (isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn")
+            or (
+                returns_reasons
+                and isinstance(node, ast.Return)
+                and isinstance(node.value, (ast.JoinedStr, ast.Constant))
+            )
         ):
             yield node.lineno, list(strings(node))
 

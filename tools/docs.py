@@ -31,8 +31,9 @@ _MARKDOWN = re.compile(
 _NAVIGATION = re.compile(r"[\w/.-]+\.md(?=\s*$)", re.MULTILINE)
 # what a browser fetches by itself, unlike the target of a link
 _FETCHED = re.compile(
-    r"""(?:<(?:script|img|iframe|source)\b[^>]*\bsrc=|<link\b[^>]*\bhref=|@import\s+)["']?(?:https?:)?//[^"'\s>]+"""
+    r"""(?:<(?:script|img|iframe|source)\b[^>]*\bsrc=|<link\b[^>]*\bhref=|@import\s+|\burl\()["']?(?:https?:)?//[^"'\s>)]+"""
 )
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def pages() -> dict[Path, Path]:
@@ -90,11 +91,9 @@ def copy_pages() -> Iterator[str]:
             yield f"{source.relative_to(ROOT)}: neither mkdocs.yml nor another page leads to it"
 
 
-def fetched() -> Iterator[str]:
-    """What the built pages load from other servers."""
-    for path in sorted([*SITE.rglob("*.html"), *SITE.rglob("*.css")]):
-        for match in _FETCHED.finditer(path.read_text()):
-            yield f"{path.relative_to(ROOT)}: loads {match[0]}"
+def fetched(text: str) -> list[str]:
+    """What a page or a style sheet loads from other servers."""
+    return [match[0] for match in _FETCHED.finditer(text)]
 
 
 def main() -> int:
@@ -104,7 +103,8 @@ def main() -> int:
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if run.returncode != 0:
         problems.append(_COLOURS.sub("", run.stdout + run.stderr).strip())
-    problems += fetched()
+    for path in sorted([*SITE.rglob("*.html"), *SITE.rglob("*.css")]):
+        problems += [f"{path.relative_to(ROOT)}: loads {what}" for what in fetched(path.read_text())]
     for problem in problems:
         print(problem, file=sys.stderr)
     if not problems:
