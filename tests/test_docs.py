@@ -24,7 +24,7 @@ def moved(text: str, source: str = "docs/mathematics.md") -> tuple[str, list[str
         ("docs/mathematics.md", "[Contributing](../CONTRIBUTING.md)", "[Contributing](contributing.md)"),
         ("CONTRIBUTING.md", "[Mathematics](docs/mathematics.md#backward)", "[Mathematics](mathematics.md#backward)"),
         ("docs/benchmarks/method.md", "[Backends](../backends.md)", "[Backends](../backends.md)"),
-        ("docs/mathematics.md", "in [relpos.py](../convit_kernels/relpos.py).", "in relpos.py."),
+        ("docs/mathematics.md", "in [relpos.py](../convit_kernels/relpos.py).", "in `convit_kernels/relpos.py`."),
         ("docs/mathematics.md", "![figure](benchmarks/speed-up.svg)", "![figure](benchmarks/speed-up.svg)"),
         ("docs/mathematics.md", "`[a](b.md)` <https://arxiv.org> [x](https://arxiv.org)", None),
         ("docs/mathematics.md", "```\n[a](b.md)\n```\n[below](#forward)", None),

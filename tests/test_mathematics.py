@@ -150,6 +150,8 @@ def test_mean_offsets_factorise(formulas: Formulas):
 
 def test_identities_of_rows(formulas: Formulas):
     close(formulas.d_s.sum(-1), torch.zeros_like(formulas.d_s[..., 0]))
+    rounded = formulas.dc + 0.01 * torch.randn_like(formulas.dc)
+    close(rounded + (formulas.c * (formulas.d_a - rounded)).sum(-1, keepdim=True), formulas.dc)
     weighed = torch.einsum("hij,hijf->hif", formulas.p, formulas.r - formulas.e[:, :, None])
     close(weighed, torch.zeros_like(weighed))
     close((formulas.p * (formulas.d_a - formulas.dc)).sum(-1, keepdim=True), formulas.dp - formulas.dc)

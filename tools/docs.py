@@ -1,8 +1,8 @@
 """Builds the documentation's site in build/site, strictly.
 
 docs/ is Markdown that reads well where it is. For the site its pages are copied to build/docs, those of the root beside
-them. A link to a file that the site does not have, a source file say, becomes its text there. What is wrong is printed,
-and the exit code is 1:
+them. A link to a file that the site does not have, a source file say, becomes the file's path there. What is wrong is
+printed, and the exit code is 1:
 
 - a link of a page, the README's among them, to a file that does not exist;
 - what the site's generator complains of: links to headings that are not there, names without a docstring;
@@ -58,7 +58,7 @@ def moved(text: str, source: Path, places: dict[Path, Path], problems: list[str]
             problems.append(f"{source.relative_to(ROOT)}:{line}: {path} does not exist")
             return match[0]
         if target not in places:
-            return match["text"]
+            return f"`{target.relative_to(ROOT)}`"
         linked.add(target)
         if source not in places:
             return match[0]
