@@ -6,7 +6,6 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 # an older torch, to prove that the libraries need no rebuild for it
 ABI_VENV ?= .venv-abi
 ABI_TORCH ?= torch==2.13.0
-DOCS_VENV ?= .venv-docs
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -46,8 +45,14 @@ results: $(VENV)/built
 	$(BIN)/python benchmarks/against_deit.py --out $${results%.json}-models.json
 
 # The site in build/site. Its tool reads the sources without importing them, so that neither torch nor a build is needed.
+DOCS_VENV ?= .venv-docs
 docs: $(DOCS_VENV)/ready
 	$(DOCS_VENV)/bin/python tools/docs.py
+
+$(DOCS_VENV)/ready: docs/requirements.txt
+	$(PYTHON) -m venv --clear $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
+	touch $@
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .
@@ -108,9 +113,4 @@ $(VENV)/built: $(VENV)/ready $(SOURCES)
 $(ABI_VENV)/ready: Makefile
 	$(PYTHON) -m venv --clear $(ABI_VENV)
 	$(ABI_VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(ABI_TORCH) numpy pytest
-	touch $@
-
-$(DOCS_VENV)/ready: docs/requirements.txt
-	$(PYTHON) -m venv --clear $(DOCS_VENV)
-	$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
 	touch $@

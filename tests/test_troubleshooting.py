@@ -12,7 +12,8 @@ PACKAGE = ROOT / "convit_kernels"
 PAGES = [ROOT / "docs" / name for name in ("troubleshooting.md", "drop-in.md", "gpu-kernels.md")]
 PUBLIC = [PACKAGE / f"{name}.py" for name in ("attention", "extension", "foreign", "gpsa", "grid", "inputs", "linear")]
 PUBLIC += [PACKAGE / f"{name}.py" for name in ("locality", "models", "ops", "relpos", "replace")]
-PUBLIC += (PACKAGE / "backends").glob("*.py")
+for folder in ("convit_kernels/backends", "convit_kernels/bench", "convit_kernels/cli", "examples/training"):
+    PUBLIC += sorted((ROOT / folder).glob("*.py"))
 # what PyTorch and timm say, not this package
 FOREIGN = {
     "LocalEntryNotFoundError",
@@ -50,19 +51,19 @@ def strings(node: ast.AST) -> Iterator[str]:
 
 
 def messages(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Line and pieces of each message that a module raises, warns of, or returns as a reason."""
+    """Line and pieces of each message that a module raises, warns of, ends a command with, or returns as a reason."""
     returns_reasons = path.parent.name == "backends" or path.stem == "foreign"
     for node in ast.walk(ast.parse(path.read_text())):
-        if (
-            (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call))
-            or (isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn")
-            or (
-                returns_reasons
-                and isinstance(node, ast.Return)
-                and isinstance(node.value, (ast.JoinedStr, ast.Constant))
-            )
-        ):
-            yield node.lineno, list(strings(node))
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+            text: ast.AST | None = node.exc.args[0]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("warnings.warn", "stop", "CannotRunError"):
+            text = node.args[0]
+        elif returns_reasons and isinstance(node, ast.Return):
+            text = node.value
+        else:
+            continue
+        if isinstance(text, (ast.JoinedStr, ast.Constant)):
+            yield node.lineno, list(strings(text))
 
 
 def said_somewhere() -> list[str]:
@@ -84,7 +85,7 @@ def test_what_is_listed_is_said(message: str):
         assert any(part in text for text in SAID), f"no source says {part!r}"
 
 
-@pytest.mark.parametrize("path", PUBLIC, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", PUBLIC, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_is_said_is_listed(path: Path):
     known = [parts(message) for message in listed()]
     missing = [
