@@ -2,16 +2,15 @@
 # A second run finds all of that in place.
 VENV ?= .venv
 PYTHON ?= python3
-TORCH ?= torch==2.14.1 torchvision==0.29.1
-# an older torch, to prove that the libraries need no rebuild for it
-ABI_VENV ?= .venv-abi
-ABI_TORCH ?= torch==2.13.0
+# the versions that are tested; others: make test CONSTRAINTS=/dev/null TORCH=torch==2.13.0
+CONSTRAINTS ?= constraints.txt
+TORCH ?= torch torchvision
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 SOURCES := setup.py convit_kernels/schemas.py $(wildcard csrc/*)
 
-.PHONY: demo test steady kernels bench results docs lint abi sanitize mutants clean
+.PHONY: demo test steady kernels bench results docs lint sanitize mutants dist dist-test hub clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -27,22 +26,23 @@ test: $(VENV)/built
 steady: $(VENV)/built
 	$(BIN)/python tests/steady.py $(ARGS)
 
-# Registers, shared memory and instructions of the Triton kernels on GPUs that need not be here, held to the budget's
-# file: all at the paper's size, and a sample of every configuration that can be chosen (ARGS=--all: each, an hour).
+# Registers, shared memory and instructions of the Triton kernels on GPUs that need not be here, held to a budget: all at
+# the paper's size, and a sample of every configuration that can be chosen (ARGS=--all: each, an hour).
 kernels: $(VENV)/built
-	$(BIN)/python -m convit_kernels.triton.budget --check --sample 29 --jobs 2 $(ARGS)
+	$(BIN)/python -m tools.machine_code.budget --check --sample 29 --jobs 2 $(ARGS)
 
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
-# The benchmarks and the attention's growth, kept by machine and commit; then the README's sections from them.
+# The benchmarks, the attention's growth and whole models beside DeiT, kept by machine and commit; then the README's
+# table and the pages of docs/benchmarks from them.
 results: $(VENV)/built
-	results=$$($(BIN)/python benchmarks/results_path.py) && \
+	results=$$($(BIN)/python benchmarks/publish.py --path) && \
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=$$results $(ARGS) && \
-	$(BIN)/python -m pytest benchmarks --benchmark-only --sweep --contenders eager,cpu,triton,sdpa \
+	$(BIN)/python -m pytest benchmarks --benchmark-only --sweep --implementations eager,cpu,triton,sdpa \
 		-k attention-convit_small-forward --benchmark-json=$${results%.json}-growth.json && \
-	$(BIN)/python benchmarks/readme.py $$results && \
-	$(BIN)/python benchmarks/against_deit.py --out $${results%.json}-models.json
+	$(BIN)/python benchmarks/against_deit.py --out $${results%.json}-models.json && \
+	$(BIN)/python benchmarks/publish.py $$results
 
 # The site in build/site. Its tool reads the sources without importing them, so that neither torch nor a build is needed.
 DOCS_VENV ?= .venv-docs
@@ -57,16 +57,13 @@ $(DOCS_VENV)/ready: docs/requirements.txt
 lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*
 	$(BIN)/mypy
-
-# The libraries built above, loaded by another version of torch.
-abi: $(VENV)/built $(ABI_VENV)/ready
-	PYTHONPATH=. $(ABI_VENV)/bin/python -m pytest tests/test_relpos.py $(ARGS)
 
 define copy_sources
 	rm -rf $(1)
 	mkdir -p $(1)
-	cp -r setup.py pyproject.toml README.md csrc convit_kernels $(1)
+	cp -r setup.py pyproject.toml README.md LICENSE NOTICE csrc convit_kernels $(1)
 	rm -f $(1)/convit_kernels/*.so
 endef
 
@@ -92,11 +89,25 @@ mutants: $(VENV)/built
 		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 	cd $(MUTANTS) && PYTHONPATH=. $(abspath $(BIN))/python $(abspath tests)/native_mutants.py
 
+# dist/: the sdist, and one wheel for every torch and Python, checked (ARGS=--write: their figures into docs/install.md).
+dist: $(VENV)/built
+	$(BIN)/python tools/dist.py $(ARGS)
+
+# That wheel in new environments with no compiler in reach: all of them (gigabytes), or those that ARGS names.
+dist-test: $(VENV)/built
+	$(BIN)/python tools/dist.py
+	$(BIN)/python tools/dist_test.py $(ARGS)
+
+# The tree that Hugging Face's kernel-builder takes; it needs Nix and a network to build and publish.
+hub: $(VENV)/built
+	rm -rf build/hub
+	$(BIN)/python -m tools.hub_layout build/hub
+
 clean:
-	rm -rf $(VENV) $(ABI_VENV) $(DOCS_VENV) build *.egg-info convit_kernels/*.so
+	rm -rf $(VENV) $(DOCS_VENV) build dist *.egg-info convit_kernels/*.so convit_kernels/_build.json
 
 # Each stamp is written last: a set-up that was interrupted is done again, torch's from an empty environment.
-$(VENV)/torch: Makefile
+$(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) $(TORCH)
 	touch $@
@@ -108,9 +119,4 @@ $(VENV)/ready: $(VENV)/torch pyproject.toml
 
 $(VENV)/built: $(VENV)/ready $(SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace
-	touch $@
-
-$(ABI_VENV)/ready: Makefile
-	$(PYTHON) -m venv --clear $(ABI_VENV)
-	$(ABI_VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(ABI_TORCH) numpy pytest
 	touch $@

@@ -2,6 +2,7 @@
 
 One build serves every torch >= 2.10 and Python >= 3.10. Neither extension is needed to install: whatever is missing on
 this machine (torch, a compiler, nvcc) is named in the build's output, and the package then runs in pure PyTorch there.
+pip shows that output only with -v, so REPORT goes into the package, for the first import to say what was not built.
 
 Environment:
     CONVIT_KERNELS_CPU, CONVIT_KERNELS_CUDA   auto (the default), 0 (skip), 1 (fail when it cannot be built)
@@ -13,6 +14,7 @@ Environment:
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import re
@@ -24,11 +26,19 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+if int(setuptools.__version__.partition(".")[0]) < 77:  # older ones know neither bdist_wheel nor the licence's name
+    sys.exit(
+        f"convit_kernels is built by setuptools 77 or newer; this is {setuptools.__version__}: "
+        "pip install -U 'setuptools>=77', or install without --no-build-isolation"
+    )
+
 ROOT = Path(__file__).parent
 PACKAGE = "convit_kernels"
+REPORT = "_build.json"  # {library: reason} of those that could not be built, and of those that were not to be
 TORCH_TARGET = "0x020a000000000000"  # torch 2.10, the oldest whose stable ABI has all that the sources use
 PYTHON_TARGET = "0x030A0000"
 DEFAULT_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
@@ -48,10 +58,13 @@ class CannotBuildError(Exception):
     """An extension cannot be built on this machine; the text says why."""
 
 
-def interface() -> str:
-    """A fingerprint of the op schemas: the package loads only libraries that carry the one it was written for."""
-    schemas = runpy.run_path(str(ROOT / PACKAGE / "schemas.py"))
-    return str(schemas["INTERFACE"])
+class NotWantedError(Exception):
+    """An extension is not to be built; the text says by whose wish."""
+
+
+def schemas() -> dict[str, object]:
+    """The op schemas' module: NAMESPACE, and INTERFACE, a fingerprint without which the package loads no library."""
+    return runpy.run_path(str(ROOT / PACKAGE / "schemas.py"))
 
 
 def torch_folder() -> Path:
@@ -103,10 +116,12 @@ def architecture_flags(nvcc: Path) -> list[str]:
 
 
 def macros() -> list[tuple[str, str | None]]:
+    ops = schemas()
     return [
         ("TORCH_TARGET_VERSION", TORCH_TARGET),
         ("Py_LIMITED_API", PYTHON_TARGET),
-        ("CONVIT_KERNELS_INTERFACE", f'"{interface()}"'),
+        ("CONVIT_KERNELS_NAMESPACE", str(ops["NAMESPACE"])),
+        ("CONVIT_KERNELS_INTERFACE", f'"{ops["INTERFACE"]}"'),
         *([("CONVIT_KERNELS_X86", "1")] if X86 else []),
         *([("CONVIT_KERNELS_EMULATE", "1")] if EMULATE else []),
     ]
@@ -128,6 +143,15 @@ def extension(name: str, sources: list[str], **options: list[str]) -> Extension:
 class BuildNative(build_ext):
     """build_ext, where an extension that cannot be built is left out with a message instead of ending the install."""
 
+    def run(self) -> None:
+        self.report: dict[str, dict[str, str]] = {"failed": {}, "skipped": {}}
+        super().run()
+        report = (ROOT if self.inplace else Path(self.build_lib)) / PACKAGE / REPORT
+        report.unlink(missing_ok=True)
+        if any(self.report.values()):
+            report.parent.mkdir(parents=True, exist_ok=True)
+            report.write_text(json.dumps(self.report, indent=1))
+
     def build_extensions(self) -> None:
         built = []
         for ext in self.extensions:
@@ -137,7 +161,7 @@ class BuildNative(build_ext):
                 raise SystemExit(f"{knob}={wish}: allowed are auto, 0 and 1")
             try:
                 if wish == "0":
-                    raise CannotBuildError(f"{knob}=0")
+                    raise NotWantedError(f"{knob}=0")
                 self.prepare(ext)
                 self.build_extension(ext)
                 built.append(ext)
@@ -145,7 +169,11 @@ class BuildNative(build_ext):
                 if wish == "1":
                     raise
                 self.remove_stale(ext)
-                print(f"{PACKAGE}: not building {ext.name}: {error}", file=sys.stderr)
+                missing = isinstance(error, FileNotFoundError) and error.filename
+                why = f"there is no {missing} on PATH" if missing else " ".join(str(error).split())
+                kind = "skipped" if isinstance(error, NotWantedError) else "failed"
+                self.report[kind][ext.name.rpartition(".")[2]] = why
+                print(f"{PACKAGE}: not building {ext.name}: {why}", file=sys.stderr)
         self.extensions = built
 
     def prepare(self, ext: Extension) -> None:
@@ -195,7 +223,10 @@ class BuildNative(build_ext):
         if not (target.exists() and stamp.exists() and stamp.read_text() == digest):
             target.parent.mkdir(parents=True, exist_ok=True)
             self.announce(" ".join(command), level=2)
-            subprocess.run([*command, "-o", str(target)], check=True)
+            try:
+                subprocess.run([*command, "-o", str(target)], check=True)
+            except subprocess.CalledProcessError as error:
+                raise CannotBuildError(f"{command[0]} cannot compile {source}; its output says why") from error
             stamp.write_text(digest)
         return target
 

@@ -8,21 +8,28 @@ from .gpsa import GPSA
 from .relpos import dense_position_table, relative_position_tables
 from .replace import replace_gpsa
 
-__all__ = [
+__version__ = "0.2.0"
+
+__all__ = [  # without `locality` and `models`, which need more than torch: `from convit_kernels import *` works without
     "GPSA",
     "Backend",
     "backends",
     "dense_position_table",
     "gpsa_attention",
-    "locality",
-    "models",
     "relative_position_tables",
     "replace_gpsa",
 ]
 
 
+_ON_DEMAND = ("locality", "models")
+
+
 def __getattr__(name: str) -> ModuleType:
     """`models` and `locality` are imported when they are first asked for: the layer needs torch alone."""
-    if name in ("locality", "models"):
+    if name in _ON_DEMAND:
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ON_DEMAND})

@@ -2,26 +2,55 @@
 
 Loading a library registers its kernels with torch's dispatcher; nothing in Python calls them directly. A library
 that is missing, broken or built for other op schemas never stops the import: its ops fall back to PyTorch, and `status`
-says why.
+says why. One warning says so too, unless the library was left out on purpose or has no GPU to serve.
 """
 
 import importlib
+import json
 import mmap
+import sys
 import warnings
 from pathlib import Path
 
+import torch
+
 from .schemas import INTERFACE
 
-BUILD_HINT = "build it with `pip install --no-build-isolation .` in the source tree"
+_HERE = Path(__file__).resolve().parent
 
 
-def _load(name: str) -> str | None:
-    """Loads one library; None when it is in use, else the reason why not."""
-    path = Path(__file__).with_name(f"{name}.abi3.so")
+def _way_out(library: str) -> str:
+    """What to do where a library is missing: within a source tree, that is imported instead of what was installed."""
+    if not (_HERE.parent / "setup.py").exists():
+        return "install the wheel, or `pip install --no-build-isolation .` in the source tree, where -v shows more"
+    build = f"run `python setup.py build_ext --inplace` in {_HERE.parent}"
+    folders = [Path(folder).resolve() / "convit_kernels" for folder in sys.path]
+    installed = next((path for path in folders if path != _HERE and (path / library).exists()), None)
+    if installed is None:
+        return build
+    return (
+        f"Python imports the source tree {_HERE.parent} instead of {installed}, which has it: "
+        f"start Python in another folder, or {build}"
+    )
+
+
+def _why_missing(name: str) -> tuple[str, bool]:
+    """Why a library was not built, by what setup.py wrote down, and whether that was the wish."""
+    report = _HERE / "_build.json"
+    if not report.exists():
+        return "it was never built here", False
+    content = json.loads(report.read_text())
+    skipped = content["skipped"].get(name)
+    return skipped or content["failed"].get(name, "it was removed"), skipped is not None
+
+
+def _load(name: str) -> tuple[str, bool] | None:
+    """Loads one library; None when it is in use, else the reason why not, and whether that is worth a warning."""
+    path = _HERE / f"{name}.abi3.so"
     if not path.exists():
-        return (
-            f"the native library {name} was not built on this machine ({BUILD_HINT}; its output says what was missing)"
-        )
+        why, wished = _why_missing(name)
+        served = name == "_C" or (torch.version.cuda is not None and torch.cuda.device_count() > 0)
+        return f"was not built: {why}", served and not wished
     try:
         # Read before it is loaded: loading registers kernels, and those of other schemas would get wrong arguments.
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -29,14 +58,18 @@ def _load(name: str) -> str | None:
                 raise ImportError(f"{path.name} was built from other sources than this package")
         importlib.import_module(f".{name}", __package__)
     except (ImportError, OSError, ValueError) as error:
-        reason = f"the native library {name} does not load: {error} ({BUILD_HINT})"
-        warnings.warn(f"convit_kernels runs without a native library: {reason}", RuntimeWarning, stacklevel=2)
-        return reason
+        return f"does not load: {error}", True
     return None
 
 
 # name -> None when loaded, else the reason why not
-status: dict[str, str | None] = {name: _load(name) for name in ("_C", "_C_cuda")}
+status: dict[str, str | None] = {}
+for _name in ("_C", "_C_cuda"):
+    status[_name] = None
+    if _problem := _load(_name):
+        status[_name] = _reason = f"the native library {_name} {_problem[0]} ({_way_out(f'{_name}.abi3.so')})"
+        if _problem[1]:
+            warnings.warn(f"convit_kernels runs without a native library: {_reason}", RuntimeWarning, stacklevel=2)
 
 
 def instruction_sets() -> list[str]:

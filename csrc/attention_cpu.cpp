@@ -1,6 +1,7 @@
 // The attention's ops on the CPU: checks, choice of the instruction set, and division of the work among threads.
 #include "attention_kernels.h"
 #include "instruction_set.h"
+#include "op_namespace.h"
 
 #include <torch/csrc/stable/macros.h>
 
@@ -59,7 +60,8 @@ void check_inputs(
   const int64_t heads = q.size(1), tokens = q.size(2), head_dim = q.size(3);
   STD_TORCH_CHECK(heads > 0 && head_dim > 0, "q must have at least one head and one channel a head");
   // so that no product of sizes below leaves 64 bits
-  STD_TORCH_CHECK(tokens <= int64_t{1} << 31 && head_dim <= int64_t{1} << 16, "at most 2^31 tokens and 2^16 channels a head");
+  STD_TORCH_CHECK(
+      tokens <= int64_t{1} << 31 && head_dim <= int64_t{1} << 16, "at most 2^31 tokens and 2^16 channels a head");
   STD_TORCH_CHECK(height > 0 && width > 0 && height <= tokens && width <= tokens, "the grid must have tokens");
   STD_TORCH_CHECK(height * width == tokens, "height * width must be the number of tokens");
   check_parameter(pos_weight, "pos_weight", computed_in(q));
@@ -172,7 +174,8 @@ std::tuple<Tensor, Tensor, Tensor> gated_attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pos_weight, const Tensor& gate, int64_t height,
     int64_t width, double scale, double dropout_p, std::optional<Tensor> philox, bool need_grad) {
   check_inputs(q, k, v, pos_weight, gate, height, width, dropout_p);
-  const Tensor queries = with_adjacent_channels(q), keys = with_adjacent_channels(k), values = with_adjacent_channels(v);
+  const Tensor queries = with_adjacent_channels(q), keys = with_adjacent_channels(k),
+               values = with_adjacent_channels(v);
   Tensor out = empty_heads_last(q);
   Tensor lse = need_grad ? torch::stable::new_empty(pos_weight, {q.size(0), q.size(1), q.size(2)})
                          : torch::stable::new_empty(pos_weight, {0});
@@ -259,7 +262,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
     std::optional<Tensor> philox) {
   check_inputs(q, k, v, pos_weight, gate, height, width, dropout_p);
   check_like(d_out, q, "d_out");
-  const Tensor queries = with_adjacent_channels(q), keys = with_adjacent_channels(k), values = with_adjacent_channels(v);
+  const Tensor queries = with_adjacent_channels(q), keys = with_adjacent_channels(k),
+               values = with_adjacent_channels(v);
   const Tensor d_outs = with_adjacent_channels(d_out);
   Tensor dq = empty_heads_last(q), dk = empty_heads_last(q), dv = empty_heads_last(q);
   Tensor d_pos_weight = torch::stable::empty_like(pos_weight), d_gate = torch::stable::empty_like(gate);
@@ -281,7 +285,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(convit_kernels, CPU, m) {
+CONVIT_KERNELS_IMPL(CPU, m) {
   // In Triton's interpreter the Triton kernels run on CPU tensors, and ops.py registers them instead.
   const char* interpreted = std::getenv("TRITON_INTERPRET");
   if (interpreted == nullptr || std::strcmp(interpreted, "1") != 0) {

@@ -48,14 +48,20 @@ CONVIT_INLINE Vector<T> broadcast(T value) {
   return value - Vector<T>{};
 }
 
-// The larger of both; `value` where one is NaN. That is what the instructions do, but compilers do not know them from the
-// comparison for vectors.
+// The larger of both; `value` where one is NaN. That is what the instructions do, but compilers do not know them from
+// the comparison for vectors.
 #if CONVIT_VECTOR_BYTES == 64 && defined(__AVX512F__)
-CONVIT_INLINE Vector<float> at_least(Vector<float> bound, Vector<float> value) { return _mm512_maskz_max_ps(0xffff, bound, value); }
-CONVIT_INLINE Vector<double> at_least(Vector<double> bound, Vector<double> value) { return _mm512_maskz_max_pd(0xff, bound, value); }
+CONVIT_INLINE Vector<float> at_least(Vector<float> bound, Vector<float> value) {
+  return _mm512_maskz_max_ps(0xffff, bound, value);
+}
+CONVIT_INLINE Vector<double> at_least(Vector<double> bound, Vector<double> value) {
+  return _mm512_maskz_max_pd(0xff, bound, value);
+}
 #elif CONVIT_VECTOR_BYTES == 32 && defined(__AVX2__)
 CONVIT_INLINE Vector<float> at_least(Vector<float> bound, Vector<float> value) { return _mm256_max_ps(bound, value); }
-CONVIT_INLINE Vector<double> at_least(Vector<double> bound, Vector<double> value) { return _mm256_max_pd(bound, value); }
+CONVIT_INLINE Vector<double> at_least(Vector<double> bound, Vector<double> value) {
+  return _mm256_max_pd(bound, value);
+}
 #else
 template <typename V>
 CONVIT_INLINE V at_least(V bound, V value) {
@@ -73,8 +79,7 @@ constexpr double kLn2 = 0.6931471805599453;
 
 // Of one vector of queries' scores, (tokens, columns), and `seen`, the one with the largest product with `factor`.
 template <typename T>
-CONVIT_INLINE Vector<T> largest_of(
-    const T* scores, int64_t columns, int64_t tokens, T factor, Vector<T> seen) {
+CONVIT_INLINE Vector<T> largest_of(const T* scores, int64_t columns, int64_t tokens, T factor, Vector<T> seen) {
   const T sign = factor < 0 ? T(-1) : T(1);
   Vector<T> largest = seen * sign;
   for (int64_t key = 0; key < tokens; ++key) {
@@ -99,9 +104,8 @@ struct Exponential<float> {
   static constexpr float kLargest = 0x1.fffffep127f, kLowest = -127.0f, kMagic = 12582912.0f + 127.0f;
   static constexpr int kMantissa = 23;
   // minimax in the relative error on [-1/2, 1/2]: 7.5e-8
-  static constexpr float kPolynomial[] = {
-      1.0000000716546416f,  0.6931469670652649f,   0.2402211972396918f,
-      0.05550713272875391f, 0.009675541331021392f, 0.0013276472167819944f};
+  static constexpr float kPolynomial[] = {1.0000000716546416f,  0.6931469670652649f,   0.2402211972396918f,
+                                          0.05550713272875391f, 0.009675541331021392f, 0.0013276472167819944f};
 };
 
 template <>
@@ -208,8 +212,7 @@ CONVIT_INLINE void widen_row(const S* from, int64_t count, T* to) {
 CONVIT_INLINE void widen_row(const Half* from, int64_t count, float* to) {
   int64_t channel = 0;
   for (; channel + 8 <= count; channel += 8) {
-    _mm256_storeu_ps(
-        to + channel, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + channel))));
+    _mm256_storeu_ps(to + channel, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + channel))));
   }
   for (; channel < count; ++channel) {
     to[channel] = widen(from[channel]);
@@ -449,9 +452,7 @@ struct QueryBlocks {
   int64_t tokens, vectors, count, largest;
 
   QueryBlocks(int64_t tokens, int64_t most_vectors)
-      : tokens(tokens),
-        vectors(ceil_div(tokens, kLanes<T>)),
-        count(ceil_div(vectors, most_vectors)),
+      : tokens(tokens), vectors(ceil_div(tokens, kLanes<T>)), count(ceil_div(vectors, most_vectors)),
         largest(ceil_div(vectors, count) * kLanes<T>) {}
 
   int64_t begin(int64_t block) const {
@@ -473,8 +474,8 @@ struct KeyChunks {
   int64_t rows(int64_t begin) const { return minimum(size, tokens - begin); }
 };
 
-// Scores -> e = 2^(factor * (score - largest)), for one vector of queries; returns the sums of e. Subtracting first keeps
-// differences of large scores exact.
+// Scores -> e = 2^(factor * (score - largest)), for one vector of queries; returns the sums of e. Subtracting first
+// keeps differences of large scores exact.
 template <typename T>
 CONVIT_INLINE Vector<T> exponentials(T* scores, int64_t columns, int64_t tokens, T factor, Vector<T> largest) {
   Vector<T> sum{};
@@ -636,11 +637,9 @@ struct ForwardMemory {
   static constexpr int64_t kMost = 2'000'000;
 
   ForwardMemory(const Problem& p, void* start, bool chunked)
-      : chunked(chunked),
-        channels(round_up(p.head_dim, kLanes<T>)),
+      : chunked(chunked), channels(round_up(p.head_dim, kLanes<T>)),
         depth(round_up(ceil_div(p.head_dim, Operands::kGroup), kLanes<T>)),
-        blocks(p.height * p.width, chunked ? chunked_vectors(p) : whole_vectors(p)),
-        chunks(p.height * p.width) {
+        blocks(p.height * p.width, chunked ? chunked_vectors(p) : whole_vectors(p)), chunks(p.height * p.width) {
     const int64_t tokens = p.height * p.width, columns = blocks.largest;
     Memory memory(start);
     const int64_t panel = minimum(columns, kTileVectors * kLanes<T>);
@@ -812,8 +811,8 @@ struct ForwardBlock {
     for (int64_t row = 0; row < grid_rows; ++row) {
       const int64_t query = first_query(row), end = minimum(rows, first_query(row + 1));
       multiply<true, true>(
-          m.col_factor + query, columns, m.along_y + row * p.width * m.channels, m.channels,
-          m.out + query * m.channels, m.channels, end - query, m.channels / kLane, p.width);
+          m.col_factor + query, columns, m.along_y + row * p.width * m.channels, m.channels, m.out + query * m.channels,
+          m.channels, end - query, m.channels / kLane, p.width);
     }
     if (!is_finite()) {  // the sums apart may have been, or may have made NaN of the map's zero and infinity
       for_each_chunk(
@@ -877,8 +876,7 @@ struct ForwardBlock {
   void add_mixed(Panel panel, T* e, int64_t key, int64_t keys, const Operand* values) const {
     for (int64_t at = 0; at < panel.columns; at += kLane) {
       const int64_t query = panel.begin + at;
-      mix(
-          e + at, panel.columns, m.row_factor + query, m.col_factor + query, columns, key, key + keys, p.width,
+      mix(e + at, panel.columns, m.row_factor + query, m.col_factor + query, columns, key, key + keys, p.width,
           (1 - gate) / load(m.sum + query), gate);
     }
     add_values(panel, e, key, keys, values);
@@ -906,7 +904,8 @@ struct ForwardBlock {
     }
   }
 
-  // Adds the values of some keys, times one query's row factor and the gate, to those of the other keys in their column.
+  // Adds the values of some keys, times one query's row factor and the gate, to those of the other keys in their
+  // column.
   void add_along_y(const Operand* values, int64_t begin, int64_t keys, const T* row_factor, T* along_y) const {
     int64_t x = begin % p.width, y = begin / p.width;
     for (int64_t key = 0; key < keys; ++key) {
@@ -997,8 +996,7 @@ struct BackwardMemory {
   int64_t bytes;
 
   BackwardMemory(const Problem& p, void* start)
-      : channels(round_up(p.head_dim, kLanes<T>)),
-        blocks(p.height * p.width, block_vectors(p)),
+      : channels(round_up(p.head_dim, kLanes<T>)), blocks(p.height * p.width, block_vectors(p)),
         chunks(p.height * p.width) {
     const int64_t tokens = p.height * p.width, columns = blocks.largest;
     Memory memory(start);
@@ -1024,8 +1022,8 @@ struct BackwardMemory {
   }
 };
 
-// Turns one vector of queries' scores and the gradients of the map into the mixed map A and the gradients of the scores,
-// in place, and adds to the gradients of the positional weights and the gate, before their factors.
+// Turns one vector of queries' scores and the gradients of the map into the mixed map A and the gradients of the
+// scores, in place, and adds to the gradients of the positional weights and the gate, before their factors.
 template <typename T>
 void softmax_backward(
     T* scores, T* d_scores, const T* row_factor, const T* col_factor, int64_t columns, int64_t height, int64_t width,

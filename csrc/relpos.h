@@ -49,8 +49,8 @@ struct AxisGradient {
       mean += static_cast<double>(row[key * row_stride]) * static_cast<double>(grad[key * grad_stride]);
     }
     for (int64_t key = 0; key < length; ++key) {
-      const double d_logit = static_cast<double>(row[key * row_stride]) *
-          (static_cast<double>(grad[key * grad_stride]) - mean);
+      const double d_logit =
+          static_cast<double>(row[key * row_stride]) * (static_cast<double>(grad[key * grad_stride]) - mean);
       const double offset = static_cast<double>(key - query);
       linear += d_logit * offset;
       quadratic += d_logit * offset * offset;

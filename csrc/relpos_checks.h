@@ -23,18 +23,14 @@ using torch::stable::Tensor;
 // Rows of the dense table are padded to whole tiles of the matrix units.
 constexpr int64_t kColumnMultiple = 16;
 
-inline int64_t padded(int64_t tokens) {
-  return (tokens + kColumnMultiple - 1) / kColumnMultiple * kColumnMultiple;
-}
+inline int64_t padded(int64_t tokens) { return (tokens + kColumnMultiple - 1) / kColumnMultiple * kColumnMultiple; }
 
 inline bool is_float_or_double(const Tensor& t) {
   return t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double;
 }
 
 inline void check_pos_weight(const Tensor& pos_weight, int64_t height, int64_t width) {
-  STD_TORCH_CHECK(
-      pos_weight.dim() == 2 && pos_weight.size(1) == 3,
-      "pos_weight must have shape (heads, 3)");
+  STD_TORCH_CHECK(pos_weight.dim() == 2 && pos_weight.size(1) == 3, "pos_weight must have shape (heads, 3)");
   STD_TORCH_CHECK(is_float_or_double(pos_weight), "pos_weight must be float32 or float64");
   STD_TORCH_CHECK(height > 0 && width > 0, "the grid must have at least one row and one column");
   constexpr int64_t side_limit = int64_t{1} << 24;  // beyond it float32 no longer counts every offset
@@ -55,7 +51,8 @@ inline void check_table(const Tensor& table, const Tensor& like, const char* nam
       name, " must agree with the other tables in heads, dtype and device");
 }
 
-inline void check_backward(const Tensor& grad_row, const Tensor& grad_col, const Tensor& row_table, const Tensor& col_table) {
+inline void check_backward(
+    const Tensor& grad_row, const Tensor& grad_col, const Tensor& row_table, const Tensor& col_table) {
   STD_TORCH_CHECK(is_float_or_double(row_table), "row_table must be float32 or float64");
   check_table(row_table, row_table, "row_table");
   check_table(col_table, row_table, "col_table");
@@ -81,7 +78,8 @@ inline Tensor empty_dense_table(const Tensor& pos_weight, int64_t height, int64_
   const int64_t limit = std::numeric_limits<int64_t>::max() / 16;
   const int64_t tokens = height * width;  // at most 2^48: each side is at most 2^24
   STD_TORCH_CHECK(
-      heads == 0 || tokens <= limit / heads / padded(tokens), "the table would have more elements than 64 bits can count");
+      heads == 0 || tokens <= limit / heads / padded(tokens),
+      "the table would have more elements than 64 bits can count");
   return torch::stable::new_empty(pos_weight, {heads, tokens, padded(tokens)}, dtype);
 }
 
@@ -106,11 +104,8 @@ struct Table {
   int64_t head_stride, query_stride, key_stride, length;
 
   explicit Table(const Tensor& t)
-      : data(static_cast<const T*>(t.const_data_ptr())),
-        head_stride(t.stride(0)),
-        query_stride(t.stride(1)),
-        key_stride(t.stride(2)),
-        length(t.size(1)) {}
+      : data(static_cast<const T*>(t.const_data_ptr())), head_stride(t.stride(0)), query_stride(t.stride(1)),
+        key_stride(t.stride(2)), length(t.size(1)) {}
 
   CONVIT_HOST_DEVICE const T* row(int64_t head, int64_t query) const {
     return data + head * head_stride + query * query_stride;

@@ -1,6 +1,7 @@
 // CUDA kernels of the relative-position tables: one launch each.
 #include "relpos.h"
 #include "relpos_checks.h"
+#include "op_namespace.h"
 
 #include <cuda_runtime.h>
 
@@ -8,7 +9,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-// These three live in libtorch_cuda, which a CPU build of torch does not have: weak, so that the library loads there too.
+// These three live in libtorch_cuda, which a CPU build of torch does not have: weak, so that the library loads there
+// too.
 #pragma weak aoti_torch_get_current_cuda_stream
 #pragma weak torch_c10_cuda_check_msg
 #pragma weak torch_c10_cuda_free_error_msg
@@ -26,7 +28,8 @@ cudaStream_t current_stream(const Tensor& t) {
 }
 
 unsigned int checked_blocks(int64_t blocks) {
-  STD_TORCH_CHECK(blocks <= kMaxBlocks, "the tables need ", blocks, " CUDA blocks; at most ", kMaxBlocks, " can be launched");
+  STD_TORCH_CHECK(
+      blocks <= kMaxBlocks, "the tables need ", blocks, " CUDA blocks; at most ", kMaxBlocks, " can be launched");
   return static_cast<unsigned int>(blocks);
 }
 
@@ -150,7 +153,8 @@ __global__ void dense_kernel(PosWeight<T> weight, int64_t height, int64_t width,
 template <typename T, typename Out>
 void launch_dense(const Tensor& pos_weight, int64_t height, int64_t width, Tensor& table) {
   const int64_t bytes = (height + width) * static_cast<int64_t>(sizeof(T));
-  STD_TORCH_CHECK(bytes <= 40 * 1024, "a grid of ", height, "x", width, " is too long for the dense table; use the factors");
+  STD_TORCH_CHECK(
+      bytes <= 40 * 1024, "a grid of ", height, "x", width, " is too long for the dense table; use the factors");
   const unsigned int blocks = checked_blocks(pos_weight.size(0) * height * width);
   dense_kernel<T, Out><<<blocks, kThreads, bytes, current_stream(pos_weight)>>>(
       PosWeight<T>(pos_weight), height, width, table.size(2), static_cast<Out*>(table.mutable_data_ptr()));
@@ -185,7 +189,7 @@ Tensor dense_position_table(const Tensor& pos_weight, int64_t height, int64_t wi
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(convit_kernels, CUDA, m) {
+CONVIT_KERNELS_IMPL(CUDA, m) {
   m.impl("relative_position_tables", TORCH_BOX(&relative_position_tables));
   m.impl("relative_position_tables_backward", TORCH_BOX(&relative_position_tables_backward));
   m.impl("dense_position_table", TORCH_BOX(&dense_position_table));

@@ -1,10 +1,12 @@
 """setup.py on machines that lack things: the install goes on, says what is missing, and fails only when told to."""
 
+import json
 import os
 import runpy
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,12 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
-    for name in ("setup.py", "pyproject.toml", "README.md", "csrc", "convit_kernels"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE", "csrc", "convit_kernels"):
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+            shutil.copytree(
+                source, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+            )
         else:
             shutil.copy(source, tmp_path / name)
     return tmp_path
@@ -38,13 +42,50 @@ def libraries(sources: Path) -> set[str]:
     return {path.name for path in (sources / "convit_kernels").glob("*.so")}
 
 
-def test_without_a_compiler(sources):
+def report(sources: Path) -> dict[str, dict[str, str]]:
+    return json.loads((sources / "convit_kernels" / "_build.json").read_text())
+
+
+def test_a_compiler_that_fails(sources):
     stale = sources / "convit_kernels" / "_C.abi3.so"
     stale.write_bytes(b"from an older build")
     done = build(sources, CC="false", CXX="false", CONVIT_KERNELS_CUDA="0")
     assert done.returncode == 0
-    assert "not building convit_kernels._C:" in done.stderr
+    assert "not building convit_kernels._C: false cannot compile" in done.stderr
     assert libraries(sources) == set(), "a stale library must not survive a build that failed"
+
+
+def test_no_compiler_is_told_apart_from_no_wish(sources):
+    build(sources, CC="no-such-compiler", CXX="no-such-compiler", CONVIT_KERNELS_CUDA="0")
+    assert report(sources) == {
+        "failed": {"_C": "there is no no-such-compiler on PATH"},
+        "skipped": {"_C_cuda": "CONVIT_KERNELS_CUDA=0"},
+    }
+
+
+def test_an_install_without_a_compiler_says_so_at_the_first_import(sources, tmp_path):
+    """The package that pip makes, not the source tree, has the reason."""
+    run = partial(subprocess.run, cwd=sources, capture_output=True, text=True, check=False)
+    built = run(
+        [sys.executable, "setup.py", "build", "--build-lib", "installed"],
+        env=os.environ | {"CC": "false", "CXX": "false", "CONVIT_KERNELS_CPU": "auto", "CONVIT_KERNELS_CUDA": "0"},
+    )
+    assert built.returncode == 0, built.stderr
+    done = run([sys.executable, "-c", "import convit_kernels"], cwd=sources / "installed")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("RuntimeWarning") == 1
+    assert "_C was not built: false cannot compile" in done.stderr
+    assert "install the wheel" in done.stderr
+
+
+def test_an_old_setuptools_ends_the_install_with_what_to_do(sources):
+    (sources / "setuptools").mkdir()
+    (sources / "setuptools" / "__init__.py").write_text("__version__ = '65.5.1'\nExtension = setup = None")
+    (sources / "setuptools" / "command").mkdir()
+    (sources / "setuptools" / "command" / "build_ext.py").write_text("build_ext = object")
+    done = build(sources)
+    assert done.returncode == 1
+    assert "this is 65.5.1: pip install -U 'setuptools>=77'" in done.stderr
 
 
 def test_told_to_build_it_fails_instead(sources):

@@ -1,5 +1,6 @@
 """A native library that is missing, broken or stale: one clear warning, and the package works in PyTorch."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import convit_kernels
 from convit_kernels import extension
@@ -31,12 +33,12 @@ assert layer.pos_proj.weight.grad is not None
 def copied(tmp_path: Path) -> Path:
     """A copy of the package without native libraries."""
     target = tmp_path / "convit_kernels"
-    shutil.copytree(PACKAGE, target, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(PACKAGE, target, ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__"))
     return target
 
 
-def run(package: Path) -> list[str]:
-    environment = os.environ | {"PYTHONPATH": str(package.parent)}
+def run(package: Path, *path: Path) -> list[str]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (package.parent, *path)))}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         env=environment,
@@ -49,11 +51,43 @@ def run(package: Path) -> list[str]:
     return [part.strip() for part in done.stdout.splitlines()[0].split("|")]
 
 
-def test_a_missing_library_is_silent_and_says_how_to_build_it(copied):
-    count, _, status = run(copied)
-    assert count == "0"
-    assert "not built" in status
-    assert "pip install" in status
+class TestMissing:
+    def report(self, package: Path, **content: dict[str, str]) -> None:
+        (package / "_build.json").write_text(json.dumps({"failed": {}, "skipped": {}} | content))
+
+    def test_one_warning_has_the_reason_that_the_build_left(self, copied):
+        self.report(copied, failed={"_C": "there is no compiler c++ on PATH"})
+        count, warning, status = run(copied)
+        assert count == "1"
+        assert "_C was not built: there is no compiler c++ on PATH (install the wheel" in warning
+        assert status in warning
+
+    def test_what_was_left_out_on_purpose_is_silent(self, copied):
+        self.report(copied, skipped={"_C": "CONVIT_KERNELS_CPU=0"})
+        count, _, status = run(copied)
+        assert count == "0"
+        assert "not built: CONVIT_KERNELS_CPU=0" in status
+
+    def test_a_source_tree_says_how_to_build_it(self, copied):
+        (copied.parent / "setup.py").touch()
+        count, warning, _ = run(copied)
+        assert count == "1"
+        assert f"run `python setup.py build_ext --inplace` in {copied.parent}" in warning
+        assert "pip install" not in warning
+
+    def test_a_source_tree_before_an_installed_copy_is_noticed(self, copied, tmp_path):
+        (copied.parent / "setup.py").touch()
+        installed = tmp_path / "site-packages" / "convit_kernels"
+        installed.mkdir(parents=True)
+        (installed / "_C.abi3.so").touch()
+        _, warning, _ = run(copied, installed.parent)
+        assert f"imports the source tree {copied.parent} instead of {installed}" in warning
+        assert "start Python in another folder" in warning
+
+    def test_a_gpu_kernel_is_missed_only_where_there_is_a_gpu(self, copied):
+        self.report(copied, skipped={"_C": "CONVIT_KERNELS_CPU=0"}, failed={"_C_cuda": "no nvcc"})
+        count, warning, _ = run(copied)
+        assert (count, "no nvcc" in warning) == (("1", True) if torch.cuda.is_available() else ("0", False))
 
 
 def test_a_broken_library_gives_one_warning(copied):
@@ -88,3 +122,14 @@ def test_the_built_library_is_used_without_a_word(copied):
     shutil.copy(PACKAGE / "_C.abi3.so", copied)
     count, _, status = run(copied)
     assert (count, status) == ("0", "None")
+
+
+def test_all_names_need_torch_alone():
+    """`from convit_kernels import *` with no timm; models and locality stay attributes."""
+    program = (
+        "import sys; sys.modules['timm'] = None\n"
+        "from convit_kernels import *\n"
+        "import convit_kernels as ck\n"
+        "assert GPSA is ck.GPSA and {'models', 'locality', '__version__'} <= set(dir(ck))"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
