@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 SOURCES := setup.py convit_kernels/schemas.py $(wildcard csrc/*)
 
-.PHONY: demo test steady kernels bench results lint sanitize mutants dist dist-test clean
+.PHONY: demo test steady kernels bench results lint sanitize mutants dist dist-test hub clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -26,22 +26,23 @@ test: $(VENV)/built
 steady: $(VENV)/built
 	$(BIN)/python tests/steady.py $(ARGS)
 
-# Registers, shared memory and instructions of the Triton kernels on GPUs that need not be here, held to the budget's
-# file: all at the paper's size, and a sample of every configuration that can be chosen (ARGS=--all: each, an hour).
+# Registers, shared memory and instructions of the Triton kernels on GPUs that need not be here, held to a budget: all at
+# the paper's size, and a sample of every configuration that can be chosen (ARGS=--all: each, an hour).
 kernels: $(VENV)/built
-	$(BIN)/python -m convit_kernels.triton.budget --check --sample 29 --jobs 2 $(ARGS)
+	$(BIN)/python -m tools.machine_code.budget --check --sample 29 --jobs 2 $(ARGS)
 
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
-# The benchmarks and the attention's growth, kept by machine and commit; then the README's sections from them.
+# The benchmarks, the attention's growth and whole models beside DeiT, kept by machine and commit; then the README's
+# table and the pages of docs/benchmarks from them.
 results: $(VENV)/built
-	results=$$($(BIN)/python benchmarks/results_path.py) && \
+	results=$$($(BIN)/python benchmarks/publish.py --path) && \
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=$$results $(ARGS) && \
-	$(BIN)/python -m pytest benchmarks --benchmark-only --sweep --contenders eager,cpu,triton,sdpa \
+	$(BIN)/python -m pytest benchmarks --benchmark-only --sweep --implementations eager,cpu,triton,sdpa \
 		-k attention-convit_small-forward --benchmark-json=$${results%.json}-growth.json && \
-	$(BIN)/python benchmarks/readme.py $$results && \
-	$(BIN)/python benchmarks/against_deit.py --out $${results%.json}-models.json
+	$(BIN)/python benchmarks/against_deit.py --out $${results%.json}-models.json && \
+	$(BIN)/python benchmarks/publish.py $$results
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .
@@ -86,6 +87,11 @@ dist: $(VENV)/built
 dist-test: $(VENV)/built
 	$(BIN)/python tools/dist.py
 	$(BIN)/python tools/dist_test.py $(ARGS)
+
+# The tree that Hugging Face's kernel-builder takes; it needs Nix and a network to build and publish.
+hub: $(VENV)/built
+	rm -rf build/hub
+	$(BIN)/python -m tools.hub_layout build/hub
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info convit_kernels/*.so convit_kernels/_build.json

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import date
 from typing import NoReturn
 
 import pytest
@@ -11,10 +12,10 @@ from rich.console import Console
 from tasks import default_tasks, sweep_tasks, why_left_out
 
 from convit_kernels.bench.compare import speed_ups
-from convit_kernels.bench.contenders import Task, contender_names
+from convit_kernels.bench.implementations import Task, implementation_names
 from convit_kernels.bench.machine import machine
 from convit_kernels.bench.report import tables
-from convit_kernels.bench.results import NotMeasured, Row
+from convit_kernels.bench.results import NotMeasured, Results, Row
 
 
 @dataclass
@@ -38,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     options.addoption("--sweep", action="store_true", help="also grids of 14x14 to 64x64, batches of 1 to 64, and more")
     options.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     options.addoption("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of all tensors")
-    options.addoption("--contenders", default="", help="only these, comma-separated; eager is always run beside")
+    options.addoption("--implementations", default="", help="only these, comma-separated; eager is always run beside")
     options.addoption("--row-seconds", type=float, default=0.5, help="about how long one row is timed")
     options.addoption(
         "--minutes", type=float, help="begin no more groups after that (default: 9, or none with --sweep)"
@@ -56,24 +57,24 @@ def log(request: pytest.FixtureRequest) -> Log:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "match" not in metafunc.fixturenames:
+    if "group" not in metafunc.fixturenames:
         return
     option = metafunc.config.getoption
     dtype = getattr(torch, option("--dtype"))
     tasks = default_tasks(option("--device"), dtype) + (
         sweep_tasks(option("--device"), dtype) if option("--sweep") else []
     )
-    chosen = set(filter(None, option("--contenders").split(",")))
+    chosen = set(filter(None, option("--implementations").split(",")))
     cases = []
     for task in dict.fromkeys(tasks):
         mode = "backward" if task.backward else "forward"
         task_id = f"{task.part}-{task.model}-{mode}-{task.batch}x{task.side}x{task.side}"
-        names = [name for name in contender_names(task) if not chosen or name in chosen]
+        names = [name for name in implementation_names(task) if not chosen or name in chosen]
         left_out = {} if option("--sweep") else {name: why for name in names if (why := why_left_out(task, name))}
-        competing = tuple(name for name in names if name not in left_out)
-        cases += [pytest.param((task, competing), name, id=f"{task_id}-{name}") for name in competing]
+        included = tuple(name for name in names if name not in left_out)
+        cases += [pytest.param((task, included), name, id=f"{task_id}-{name}") for name in included]
         metafunc.config.stash[LOG].not_measured += [NotMeasured(str(task), name, why) for name, why in left_out.items()]
-    metafunc.parametrize(("match", "name"), cases, indirect=["match"], scope="module")
+    metafunc.parametrize(("group", "name"), cases, indirect=["group"], scope="module")
 
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict:
@@ -83,15 +84,17 @@ def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict:
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict) -> None:
     log = config.stash[LOG]
     output_json["not_measured"] = [left_out._asdict() for left_out in log.not_measured]
-    found = speed_ups(log.rows)
+    ratios = speed_ups(log.rows)
     for row in (entry["extra_info"] for entry in output_json["benchmarks"]):
-        ratio = found.get((row["group"], row["contender"]))
+        ratio = ratios.get((row["group"], row["implementation"]))
         row["ratio_to_eager"] = ratio and ratio.times  # a row alone cannot tell: it takes the group's pace
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if rows := config.stash[LOG].rows:
+    log = config.stash[LOG]
+    if log.rows:
         # a log file has no width of its own: the table's must not be cut to 80 columns
         console = Console(width=None if terminalreporter.isatty else 110)
-        console.print(*tables(rows, config.stash[LOG].not_measured), sep="\n")
+        results = Results(log.rows, log.not_measured, machine(), date.today().isoformat())
+        console.print(*tables(results), sep="\n")

@@ -2,7 +2,7 @@
 
 import torch
 
-from convit_kernels.bench.contenders import ARCHITECTURES, COMPILED, Task
+from convit_kernels.bench.implementations import ARCHITECTURES, COMPILED, Task
 
 # On two cores a call then takes a tenth of a second to three seconds.
 CPU_BATCH = {
@@ -42,11 +42,11 @@ def sweep_tasks(device: str, dtype: torch.dtype) -> list[Task]:
 
 
 def why_left_out(task: Task, name: str) -> str:
-    """Why a contender is no part of the default set, which has ten minutes; "" when it is."""
+    """Why an implementation is no part of the default set, which has ten minutes; "" when it is."""
     if name == COMPILED and task.model not in ("convit_tiny", "convit_small"):
-        return "compiling takes its time, so the larger sizes are compiled only with --sweep"
+        return "compiling takes long, so only Ti and S are compiled by default; --sweep compiles every size"
     if name == COMPILED and task.part == "model" and task.backward:
-        return "compiling a training step takes minutes: only with --sweep"
+        return "compiling a whole training step takes minutes; --sweep does it"
     if name == "reference" and task.part == "model":
-        return "the oracle is no contender for whole models: only with --sweep"
+        return "the reference backend is the formula for checking; --sweep times it in whole models"
     return ""

@@ -4,9 +4,9 @@
     pytest benchmarks --benchmark-only --sweep       also grids and batches, up to where memory ends
     pytest benchmarks --benchmark-only -k "layer and small"
 
-No contender of a group is timed before all of them are right. Each of its rounds is preceded by one of eager timm, so
-that the ratio of the two is of the same minutes of the same machine. On a GPU the times are between events, after the
-L2 has been flushed; that path has not run on one yet.
+No implementation of a task is timed before all of them are right. Each of its rounds is preceded by one of eager timm,
+so that the ratio of the two is of the same minutes of the same machine. On a GPU the times are between events, after
+the L2 has been flushed. docs/benchmarks/method.md says more.
 """
 
 import time
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from convit_kernels.bench.accuracy import Accuracy, WrongResultsError, judge, require_right
-from convit_kernels.bench.contenders import EAGER, CannotRunError, Contender, Task, build
+from convit_kernels.bench.implementations import EAGER, CannotRunError, Implementation, Task, build
 from convit_kernels.bench.machine import machine
 from convit_kernels.bench.measure import (
     DoesNotFitError,
@@ -35,25 +35,25 @@ SLOW, SLOW_ROUNDS = 2.0, 3  # seconds of a round beyond which fewer must do
 CHECKED_TOKENS = 1024  # of a grid beyond which one image of a batch is checked: float64 needs the memory
 
 
-class Match:
-    """One task, its contenders, and what the gate says about them."""
+class Group:
+    """One task, its implementations, and how far each is from float64."""
 
     def __init__(self, task: Task, names: tuple[str, ...]) -> None:
         self.task = task
-        self.contenders: dict[str, Contender] = {}
+        self.implementations: dict[str, Implementation] = {}
         self.reasons: dict[str, str] = {}
         checked = task if task.tokens <= CHECKED_TOKENS else task._replace(batch=1)
         candidates = {}
         for name in dict.fromkeys((EAGER, *names)):
             try:
-                self.contenders[name] = build(task, name)
-                candidates[name] = self.contenders[name] if checked == task else build(checked, name)
+                self.implementations[name] = build(task, name)
+                candidates[name] = self.implementations[name] if checked == task else build(checked, name)
             except CannotRunError as reason:
                 self.reasons[name] = str(reason)
         self.accuracy: dict[str, Accuracy] = judge(checked, candidates)
 
     def check(self) -> None:
-        """Fails where any contender of the group is wrong."""
+        """Fails where any implementation of the group is wrong."""
         try:
             require_right(self.accuracy)
         except WrongResultsError as reason:
@@ -61,24 +61,24 @@ class Match:
 
 
 @pytest.fixture(scope="module")
-def match(request: pytest.FixtureRequest, log) -> Match:
+def group(request: pytest.FixtureRequest, log) -> Group:
     task, names = request.param
     if time.monotonic() > log.deadline:
         log.leave_out(task, names, "the set's minutes were spent: --minutes gives more")
     torch.compiler.reset()  # else earlier groups' versions of the same code use up the compiler's limit
     try:
         with memory_limit(task.device):
-            return Match(task, names)
+            return Group(task, names)
     except DoesNotFitError as reason:
-        log.leave_out(task, names, f"out of memory: float64, which the gate needs, does not fit: {reason}")
+        log.leave_out(task, names, f"out of memory: float64, which the check needs, does not fit: {reason}")
 
 
-def test_convit(benchmark, match: Match, name: str, request: pytest.FixtureRequest, log) -> None:
-    task, device = match.task, match.task.device
-    match.check()
-    if name in match.reasons:
-        log.leave_out(task, [name], match.reasons[name])
-    call, eager = (match.contenders[key].call(task.backward) for key in (name, EAGER))
+def test_convit(benchmark, group: Group, name: str, request: pytest.FixtureRequest, log) -> None:
+    task, device = group.task, group.task.device
+    group.check()
+    if name in group.reasons:
+        log.leave_out(task, [name], group.reasons[name])
+    call, eager = (group.implementations[key].call(task.backward) for key in (name, EAGER))
     try:
         with memory_limit(device):
             resident = peak_resident(call)
@@ -113,17 +113,16 @@ def test_convit(benchmark, match: Match, name: str, request: pytest.FixtureReque
         "memory": task.bytes() / p50 / memory_peak(device).rate,
     }
     bound = max(shares, key=lambda kind: shares[kind])
-    accuracy = match.accuracy.get(name)
+    accuracy = group.accuracy.get(name)
     row = Row(
         group=str(task),
-        contender=name,
+        implementation=name,
         seconds=times,
         eager_seconds=eager_times,
         error=accuracy and accuracy.error,
         eager_error=accuracy and accuracy.eager_error,
         allowed_error=accuracy and accuracy.allowed,
         peak_memory=peak,
-        peak_memory_is="most bytes held by torch's allocator in one call, beyond those held before",
         peak_resident=resident,
         gflops=task.flops() / p50 / 1e9,
         share_of_peak=shares[bound],
@@ -136,7 +135,7 @@ def test_convit(benchmark, match: Match, name: str, request: pytest.FixtureReque
         backward=task.backward,
         dtype=str(task.dtype)[6:],
         device=device,
-        machine=machine(),
+        load_1_minute=machine()["load_1_minute"],
     )
     log.rows.append(row)
     benchmark.extra_info.update(row.to_json())

@@ -157,7 +157,7 @@ def demo(
         typer.Option(help="Real weights (.safetensors or .pth) for one --model.", exists=True, dir_okay=False),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 8,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each contender, interleaved.")] = 7,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each implementation, interleaved.")] = 7,
     device: Annotated[str, typer.Option(help="Where to run.")] = "cuda" if torch.cuda.is_available() else "cpu",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here as JSON.")] = None,
 ) -> None:
@@ -197,14 +197,15 @@ def profile(
     compare: Annotated[str, typer.Option(help="eager, compile, auto (our fastest), or a backend; with commas.")] = (
         "eager,auto"
     ),
-    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each contender, interleaved.")] = 5,
-    trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace of each contender into it.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each implementation, interleaved.")] = 5,
+    trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace of each implementation into it.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page with tables and plots.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here as JSON.")] = None,
 ) -> None:
     """Where the time and memory of timm go and where ours: operators by phase, side by side."""
     try:
         from .bench import profile as profiling
+        from .bench import profile_tables
         from .bench.accuracy import WrongResultsError
 
         if html is not None:
@@ -224,7 +225,7 @@ def profile(
     except WrongResultsError as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from error
-    console.print(*profiling.tables(found), sep="\n")
+    console.print(*profile_tables.tables(found), sep="\n")
     if html is not None:
         html.write_text(profile_page.render(found))
     if json_file is not None:
@@ -247,14 +248,18 @@ def report(
 
         new = load(results)
         old = load(against) if against else None
-        written = reporting.write_figures(new, out) if out else []
+        written = []
+        if out is not None:
+            from .bench.figures import write_figures
+
+            written = write_figures(new, out)
     except ImportError as error:
         console.print(f"report needs {error.name}: pip install 'convit_kernels\\[bench]'", style="red")
         raise typer.Exit(1) from error
     except ValueError as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from error
-    console.print(*reporting.tables(new.rows, new.not_measured), sep="\n")
+    console.print(*reporting.tables(new), sep="\n")
     for path in written:
         console.print(f"written to {path}", markup=False, soft_wrap=True)
     if old is not None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from .bench.compare import times_faster
-from .bench.contenders import perturb
+from .bench.implementations import perturb
 from .bench.measure import check_device, interleaved, peak_memory
 from .equivalence import expected
 from .replace import replace_gpsa

@@ -23,8 +23,8 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from . import models
-from .bench import plots
 from .bench.measure import check_device
+from .bench.style import PRINT, save, style
 from .locality import LayerLocality, attention_maps, nonlocality
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -209,7 +209,7 @@ def figure(found: Study) -> Figure:
     count = len(found.pictures)
     height, width = found.pictures[0].shape[:2]
     maps_height = 0.4 + count * min(1.7 * height / width, 4.0)  # inches
-    with mpl.rc_context(plots.style(plots.PRINT) | {"font.size": 10, "axes.titlesize": 10.5}):
+    with mpl.rc_context(style(PRINT) | {"font.size": 10, "axes.titlesize": 10.5}):
         made = Figure(figsize=(12, 4.4 + maps_height), layout="constrained")
         made.suptitle(found.title, fontsize=12)
         halves: Any = made.subfigures(2, 1, height_ratios=(4.0, maps_height))
@@ -332,7 +332,7 @@ def write(path: Path, content: Callable[[Path], Any]) -> None:
 
 
 def write_figure(found: Study, path: Path) -> None:
-    write(path, lambda unfinished: plots.save(figure(found), unfinished))
+    write(path, lambda unfinished: save(figure(found), unfinished))
 
 
 def write_json(found: Study, path: Path) -> None:

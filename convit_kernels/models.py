@@ -95,6 +95,13 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
 
     def forward(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        """(B, T, dim) -> (B, T, dim).
+
+        Args:
+            x: the tokens: the patches in row-major order, T = N, for GPSA; with the class token first, T = 1 + N, for
+                plain attention.
+            grid_size: (rows, columns) of the patches; plain attention does without.
+        """
         y = self.norm1(x)
         y = self.attn(y, grid_size=grid_size) if isinstance(self.attn, GPSA) else self.attn(y)
         x = x + self.drop_path(y)
@@ -326,6 +333,14 @@ class ConViT(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, images: Tensor) -> Tensor:
+        """images (B, in_chans, H, W) -> logits (B, num_classes).
+
+        With num_classes=0 the last dimension is embed_dim, and with global_pool="" there is one row a token, as the
+        class says.
+
+        Raises:
+            ValueError: images of another shape, or that do not divide into patches.
+        """
         return self.forward_head(self.forward_features(images))
 
     # What timm's training, fine-tuning and feature extraction ask of a model.

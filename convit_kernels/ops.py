@@ -1,8 +1,6 @@
 """The package's torch.library ops: schemas, fallback kernels, fake kernels and autograd formulas.
 
-The native libraries register kernels for the CPU and CUDA dispatch keys against the same schemas; where there is none,
-torch's dispatcher finds the tables' fallback in plain PyTorch. The attention's CPU kernels are native; those for CUDA
-are written in Triton, which is imported at their first call.
+Shapes and dtypes of arguments and results are in schemas.py.
 """
 
 import importlib
@@ -19,10 +17,9 @@ from . import (
     eager_tables,
     extension,  # noqa: F401  (loading it registers the native kernels)
 )
+from ._ops import add_op_namespace_prefix, ops
 from .inputs import Inputs
 from .schemas import SCHEMAS
-
-NAMESPACE = "convit_kernels"
 
 _DERIVING = (TransformType.Grad, TransformType.Jvp)
 
@@ -52,8 +49,8 @@ def _guarded(name: str, autograd: Callable[..., Any]) -> Callable[..., Any]:
     def kernel(keyset: Any, *args: Any) -> Any:
         if reason := why_not(*(value for value in args if isinstance(value, Tensor))):
             raise RuntimeError(
-                f"{NAMESPACE}::{name} cannot do this: {reason}. gpsa_attention(backend=None), relative_position_tables "
-                "and dense_position_table go to plain PyTorch there"
+                f"{add_op_namespace_prefix(name)} cannot do this: {reason}. gpsa_attention(backend=None), "
+                "relative_position_tables and dense_position_table go to plain PyTorch there"
             )
         return autograd(keyset, *args)
 
@@ -69,7 +66,12 @@ class _Library(torch.library.Library):
         super().impl(op_name, fn, dispatch_key, **options)  # type: ignore[no-untyped-call]
 
 
-_library: torch.library.Library = _Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+# Which implementation torch's dispatcher calls, by op and device:
+#   gated_attention[_backward]                                   csrc/attention_cpu.cpp, on CUDA triton/attention.py
+#   relative_position_tables[_backward], dense_position_table    csrc/relpos_cpu.cpp, on CUDA csrc/relpos_cuda.cu
+# Those of csrc register themselves when extension.py loads their library; the tables' fallback, on every device, is
+# eager_tables.py. Fake kernels (shapes alone) and autograd formulas are below, the same for every device.
+_library: torch.library.Library = _Library(ops.name, "DEF")  # type: ignore[no-untyped-call]
 
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -83,6 +85,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _in_triton(name: str) -> Callable[..., Any]:
+    """A function of triton/attention.py, which is imported at its first call."""
+
     def kernel(*args: Any) -> Any:
         return getattr(importlib.import_module(".triton.attention", __package__), name)(*args)
 
@@ -94,11 +98,11 @@ for _name in ("gated_attention", "gated_attention_backward"):
     if INTERPRETED:
         _library.impl(_name, _in_triton(_name), "CPU")
 
-relative_position_tables = torch.ops.convit_kernels.relative_position_tables.default
-relative_position_tables_backward = torch.ops.convit_kernels.relative_position_tables_backward.default
-dense_position_table = torch.ops.convit_kernels.dense_position_table.default
-gated_attention = torch.ops.convit_kernels.gated_attention.default
-gated_attention_backward = torch.ops.convit_kernels.gated_attention_backward.default
+relative_position_tables = ops.relative_position_tables.default
+relative_position_tables_backward = ops.relative_position_tables_backward.default
+dense_position_table = ops.dense_position_table.default
+gated_attention = ops.gated_attention.default
+gated_attention_backward = ops.gated_attention_backward.default
 
 
 def _tables_fake(pos_weight: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -117,7 +121,16 @@ def _dense_fake(pos_weight: Tensor, height: int, width: int, dtype: torch.dtype)
 
 
 def attend(inputs: Inputs, philox: Tensor | None = None) -> Tensor:
-    """`gated_attention`'s output, with the parameters in the dtype it takes and nothing kept that no gradient needs."""
+    """Calls `gated_attention`, with the parameters in the dtype that it takes, and returns its output alone.
+
+    Args:
+        inputs: shapes and dtypes in `Inputs`.
+        philox: (2,) int64 on q's device, seed and offset of the dropout; needed where dropout_p > 0.
+
+    Returns:
+        (B, H, N, D) in q's dtype, a view of a contiguous (B, N, H, D) tensor. What the backward reads is saved only
+        where something needs a gradient.
+    """
     q, k, v, pos_weight, gate, grid, scale, dropout_p = inputs
     dtype = torch.promote_types(q.dtype, torch.float32)
     # a tensor under torch.func.vmap does not tell whether the one that it stands for needs a gradient
@@ -154,10 +167,11 @@ for _name, _fake in (
     ("gated_attention", _attention_fake),
     ("gated_attention_backward", _attention_backward_fake),
 ):
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
+    torch.library.register_fake(add_op_namespace_prefix(_name), _fake, lib=_library)
 
 
 def _tables_gradient(grad_row: Tensor, grad_col: Tensor, row_table: Tensor, col_table: Tensor) -> Tensor:
+    """The gradient of pos_weight, (H, 3), from the tables (H, height, height) and (H, width, width) and theirs."""
     # a second derivative needs a formula that autograd can follow
     tensors = grad_row, grad_col, row_table, col_table
     twice = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -175,7 +189,7 @@ def _tables_vjp(ctx: Any, grad_row: Tensor, grad_col: Tensor) -> tuple[Tensor, N
 
 
 torch.library.register_autograd(
-    f"{NAMESPACE}::relative_position_tables", _tables_vjp, setup_context=_save_tables, lib=_library
+    add_op_namespace_prefix("relative_position_tables"), _tables_vjp, setup_context=_save_tables, lib=_library
 )
 
 
@@ -188,14 +202,15 @@ def _dense_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     (pos_weight,) = ctx.saved_tensors
     height, width = ctx.height, ctx.width
     row_table, col_table = relative_position_tables(pos_weight, height, width)
-    grad = grad[..., : height * width].to(row_table.dtype).reshape(-1, height, width, height, width)
+    grad = grad[..., : height * width].to(row_table.dtype)  # (H, N, N), without the padding
+    grad = grad.reshape(-1, height, width, height, width)  # (H, query y, query x, key y, key x)
     grad_row = torch.einsum("hyxuw,hxw->hyu", grad, col_table)
     grad_col = torch.einsum("hyxuw,hyu->hxw", grad, row_table)
     return _tables_gradient(grad_row, grad_col, row_table, col_table), None, None, None
 
 
 torch.library.register_autograd(
-    f"{NAMESPACE}::dense_position_table", _dense_vjp, setup_context=_save_weight, lib=_library
+    add_op_namespace_prefix("dense_position_table"), _dense_vjp, setup_context=_save_weight, lib=_library
 )
 
 
@@ -215,7 +230,7 @@ def _attention_vjp(ctx: Any, d_out: Tensor, d_lse: Tensor, d_content: Tensor) ->
 
 
 torch.library.register_autograd(
-    f"{NAMESPACE}::gated_attention", _attention_vjp, setup_context=_save_attention, lib=_library
+    add_op_namespace_prefix("gated_attention"), _attention_vjp, setup_context=_save_attention, lib=_library
 )
 
 
@@ -225,4 +240,4 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
 
 # without it autograd would warn and go on as if the gradients were constants
 for _name in ("gated_attention_backward", "relative_position_tables_backward"):
-    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _no_second_derivative, lib=_library)
+    torch.library.register_autograd(add_op_namespace_prefix(_name), _no_second_derivative, lib=_library)

@@ -35,7 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from typer import Option, Typer
 
 from convit_kernels import models
-from convit_kernels.bench.plots import PRINT, style
+from convit_kernels.bench.style import PRINT, style
 
 CONVIT, DEIT = "a", "e"  # rows of Table 3
 ABLATION_RATIO = 0.1

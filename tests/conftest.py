@@ -1,12 +1,17 @@
 """What every test runs under."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from equivalence import shares
+
+# For tools/, which is no part of the package. It comes last: what is tested may be another convit_kernels than the
+# checkout's.
+sys.path.append(str(Path(__file__).parents[1]))
 
 # Triton's interpreter is chosen for a whole process: those tests have one of their own.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]

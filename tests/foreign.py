@@ -6,6 +6,7 @@ which has its own copy of the file.
 
 import timm
 import torch
+from timm.models import convit
 from torch import Tensor, nn
 
 
@@ -472,3 +473,34 @@ class Checkpointed(Layer):
 
     def forward(self, x):
         return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+
+def perturbed(layer: nn.Module) -> nn.Module:
+    """Gates and positions away from their equal initial values, so that every branch matters."""
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if "pos_proj" in name or "gating" in name or "alpha" in name:
+                parameter.add_(0.5 * torch.randn_like(parameter))
+    return layer
+
+
+def timm_layer(dim=32, num_heads=4, **options):
+    return convit.GPSA(dim, num_heads, **options)
+
+
+LAYERS = {
+    "timm": timm_layer,
+    "official": OfficialGPSA,
+    "dytox": DyToxGPSA,
+    "imaging": lambda dim, num_heads, **options: ImagingGPSA(dim, num_heads, grid_size=(4, 4), **options),
+    "vissl": VisslGPSA,
+}
+
+
+def output(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    out = layer(x)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def patch(module, function):
+    module.forward = function

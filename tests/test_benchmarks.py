@@ -14,23 +14,23 @@ import convit_kernels as ck
 from convit_kernels.bench import measure
 from convit_kernels.bench.accuracy import WrongResultsError, judge, require_right
 from convit_kernels.bench.compare import speed_ups
-from convit_kernels.bench.contenders import (
+from convit_kernels.bench.implementations import (
     ARCHITECTURES,
     COMPILED,
     EAGER,
-    FLOOR,
     PARTS,
+    SDPA,
     CannotRunError,
     Task,
     build,
-    contender_names,
     convit,
+    implementation_names,
 )
 from convit_kernels.bench.results import Row
 
 ROOT = Path(__file__).parent.parent
 ONE_GROUP = ("-k", "attention and tiny and forward and not plus")
-QUICK = ("--row-seconds", "0.01", "--contenders", "eager,sdpa,composite")
+QUICK = ("--row-seconds", "0.01", "--implementations", "eager,sdpa,composite")
 
 
 def run_benchmarks(*arguments: str, plugin: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -50,19 +50,21 @@ def results(tmp_path_factory):
 
 
 class TestSuite:
-    def test_the_table_names_task_and_contenders_and_puts_the_ratio_first(self, results):
+    def test_the_table_names_task_and_implementations_and_puts_the_ratio_first(self, results):
         text, _ = results
         summary = text[text.index("\nattention, ConViT-Ti, forward, batch 8, 14x14 patches, float32, cpu") :]
         header, *lines = [
-            line.split() for line in summary.splitlines() if line.startswith((" contender", " timm", " ours", " SDPA"))
+            line.split()
+            for line in summary.splitlines()
+            if line.startswith((" implementation", " timm", " ours", " SDPA"))
         ]
-        assert header[:2] == ["contender", "faster"]
+        assert header[:2] == ["implementation", "faster"]
         assert [line[0] for line in lines] == ["timm,", "SDPA,", "ours:"]  # eager first, ours last
 
     def test_each_row_carries_what_is_needed_to_judge_it(self, results):
         _, content = results
-        rows = {entry["extra_info"]["contender"]: entry["extra_info"] for entry in content["benchmarks"]}
-        assert set(rows) == {EAGER, FLOOR, "composite"}
+        rows = {entry["extra_info"]["implementation"]: entry["extra_info"] for entry in content["benchmarks"]}
+        assert set(rows) == {EAGER, SDPA, "composite"}
         row = rows["composite"]
         assert list(row)[:4] == ["ratio_to_eager", "p20_ms", "p50_ms", "p80_ms"]
         assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
@@ -73,16 +75,17 @@ class TestSuite:
         assert row["allowed_error"] >= 2 * row["eager_error"]
         assert 0 < row["peak_memory"] < rows[EAGER]["peak_memory"]  # no N x N map
         assert row["gflops"] > 0 and row["share_of_peak"] > 0 and row["bound"] in ("arithmetic", "memory")
+        assert row["load_1_minute"] is None or row["load_1_minute"] >= 0
         assert {"cpu", "gpu", "cpu_clock_mhz", "threads", "torch", "triton", "cuda", "driver", "commit"} <= set(
-            row["machine"]
+            content["machine_info"]["convit_kernels"]
         )
-        assert rows[FLOOR]["error"] is None  # it computes something else
+        assert rows[SDPA]["error"] is None  # it computes something else
 
     def test_what_was_not_measured_is_kept_with_the_reason(self, results):
         _, content = results
         assert all(entry["reason"] for entry in content["not_measured"])
 
-    def test_a_planted_error_turns_the_gate_red_and_nothing_is_timed(self, tmp_path):
+    def test_a_planted_error_turns_the_check_red_and_nothing_is_timed(self, tmp_path):
         (tmp_path / "planted.py").write_text(
             "from convit_kernels import attention\n"
             "entry = attention._BACKENDS['composite']\n"
@@ -99,22 +102,22 @@ class TestSuite:
     def test_where_eager_runs_out_of_memory_the_others_are_still_measured(self, tmp_path):
         (tmp_path / "short.py").write_text(
             "import torch\n"
-            "from convit_kernels.bench import contenders\n"
-            "eager, calls = contenders.eager_attention, []\n"
+            "from convit_kernels.bench import implementations\n"
+            "eager, calls = implementations.eager_attention, []\n"
             "def short_of_memory(q, *rest):\n"
             "    calls.append(q.dtype)\n"
-            "    if calls.count(torch.float32) > 1:  # the gate's call is the first\n"
+            "    if calls.count(torch.float32) > 1:  # the check's call is the first\n"
             '        raise RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried to allocate 1 TB")\n'
             "    return eager(q, *rest)\n"
-            "contenders.eager_attention = short_of_memory\n"
+            "implementations.eager_attention = short_of_memory\n"
         )
         path = tmp_path / "results.json"
         done = run_benchmarks(*ONE_GROUP, f"--benchmark-json={path}", plugin=tmp_path / "short.py")
         assert "2 passed, 1 skipped" in done.stdout, done.stdout
         content = json.loads(path.read_text())
-        assert [entry["extra_info"]["contender"] for entry in content["benchmarks"]] == [FLOOR, "composite"]
+        assert [entry["extra_info"]["implementation"] for entry in content["benchmarks"]] == [SDPA, "composite"]
         assert all(entry["extra_info"]["ratio_to_eager"] is None for entry in content["benchmarks"])
-        lost = [entry for entry in content["not_measured"] if entry["contender"] == EAGER]
+        lost = [entry for entry in content["not_measured"] if entry["implementation"] == EAGER]
         assert "out of memory" in lost[0]["reason"]
 
     def test_the_default_set_has_every_size_and_the_sweep_grids_and_batches(self, monkeypatch):
@@ -129,10 +132,10 @@ class TestSuite:
         assert {task.batch for task in sweep} >= {1, 64}
 
 
-class TestGate:
+class TestCheck:
     @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
     @pytest.mark.parametrize("part", ["attention", "layer"])
-    def test_right_contenders_pass(self, part, backward):
+    def test_right_implementations_pass(self, part, backward):
         task = Task(part, "convit_tiny", 1, side=5, backward=backward)
         judged = judge(task, {name: build(task, name) for name in (EAGER, "composite", "reference")})
         require_right(judged)
@@ -150,16 +153,16 @@ class TestGate:
     @pytest.mark.parametrize("result", ["d q", "d v", "d gate"])
     def test_an_error_in_one_gradient_is_named(self, result):
         task = Task("attention", "convit_tiny", 1, side=5, backward=True)
-        contender = build(task, "composite")
-        contender.leaves[result.removeprefix("d ")].register_hook(lambda gradient: gradient * 1.001)
-        judged = judge(task, {EAGER: build(task, EAGER), "composite": contender})
+        implementation = build(task, "composite")
+        implementation.leaves[result.removeprefix("d ")].register_hook(lambda gradient: gradient * 1.001)
+        judged = judge(task, {EAGER: build(task, EAGER), "composite": implementation})
         with pytest.raises(WrongResultsError, match=f"ours: composite: {result}: error"):
             require_right(judged)
 
     def test_nan_is_wrong(self):
         task = Task("attention", "convit_tiny", 1, side=3)
-        contender = build(task, "composite")
-        broken = contender._replace(forward=lambda: contender.forward() * torch.nan)
+        implementation = build(task, "composite")
+        broken = implementation._replace(forward=lambda: implementation.forward() * torch.nan)
         with pytest.raises(WrongResultsError, match="error inf"):
             require_right(judge(task, {"composite": broken}))
 
@@ -176,17 +179,17 @@ class TestTasks:
 
     def test_every_available_backend_takes_part(self):
         available = [backend.name for backend in ck.backends() if backend.available]
-        assert contender_names(Task("layer", "convit_tiny", 1)) == [EAGER, COMPILED, *available]
-        assert contender_names(Task("attention", "convit_tiny", 1)) == [EAGER, COMPILED, FLOOR, *available]
+        assert implementation_names(Task("layer", "convit_tiny", 1)) == [EAGER, COMPILED, *available]
+        assert implementation_names(Task("attention", "convit_tiny", 1)) == [EAGER, COMPILED, SDPA, *available]
 
-    def test_contenders_get_the_same_values(self):
+    def test_implementations_get_the_same_values(self):
         task = Task("layer", "convit_tiny", 1, side=4)
         torch.manual_seed(5)
         outputs = [build(task, name).forward() for name in (EAGER, "composite")]
         torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize(
-        "name, reason", [("triton", "torch sees no GPU|run on GPUs"), (FLOOR, "part of a layer")], ids=["gpu", "floor"]
+        "name, reason", [("triton", "torch sees no GPU|run on GPUs"), (SDPA, "part of a layer")], ids=["gpu", "sdpa"]
     )
     def test_one_that_cannot_run_says_why(self, name, reason):
         with pytest.raises(CannotRunError, match=reason):
@@ -198,7 +201,7 @@ class TestTasks:
 
 
 class TestMeasure:
-    def test_contenders_take_turns(self):
+    def test_implementations_take_turns(self):
         order = []
         functions = {name: lambda name=name: order.append(name) for name in "ab"}
         samples = measure.interleaved(functions, "cpu", rounds=3)

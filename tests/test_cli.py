@@ -135,7 +135,7 @@ class TestDemo:
         ("arguments", "text"),
         [
             (("--model", "resnet50"), "timm has no ConViT named 'resnet50'"),
-            (("--device", "tpu"), "--device"),
+            (("--device", "tpu"), "the device must be cpu or cuda, but is 'tpu'"),
             (("--batch", "0"), "--batch"),
             (("--checkpoint", "/no/such/file.pth"), "--checkpoint"),
         ],

@@ -462,7 +462,7 @@ class TestCommand:
             path.write_text("half")
             raise OSError("disk full")
 
-        monkeypatch.setattr(locality_report.plots, "save", fail)
+        monkeypatch.setattr(locality_report, "save", fail)
         before = set(Path().iterdir())
         assert isinstance(self.run("flower.jpg").exception, OSError)
         assert Path("figure.png").read_text() == "older"

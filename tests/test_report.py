@@ -3,7 +3,6 @@
 import ast
 import json
 import math
-import random
 import re
 import sys
 import time
@@ -13,97 +12,20 @@ from pathlib import Path
 
 import pytest
 import timm
-import torch
+from invented_results import MACHINE, disturbed, disturbed_run, results, row, run, write
 from typer.testing import CliRunner
 
 from convit_kernels import bench, demo
-from convit_kernels.bench import plots, report
-from convit_kernels.bench.accuracy import WrongResultsError
+from convit_kernels.bench import figures
 from convit_kernels.bench.compare import MARK, changes, footnote, noise_of_run, speed_ups, times_faster
-from convit_kernels.bench.contenders import ARCHITECTURES, Contender, Task, label
+from convit_kernels.bench.implementations import ARCHITECTURES, Task, is_ours, label
+from convit_kernels.bench.machine import describe
 from convit_kernels.bench.measure import interleaved
-from convit_kernels.bench.results import NotMeasured, Results, Row, load
+from convit_kernels.bench.results import NotMeasured, Row, load
 from convit_kernels.cli import app
 
 ROOT = Path(__file__).parent.parent
-MACHINE = {
-    "gpu": None,
-    "driver": None,
-    "cuda": None,
-    "cpu": "Abacus",
-    "cpu_capability": "AVX2",
-    "cores": 2,
-    "load_1_minute": 2.5,
-    "threads": 2,
-    "cpu_clock_mhz": 1000.0,
-    "torch": "2.14.1",
-    "commit": "abc1234",
-}
-
-
-def row(contender="composite", seconds=0.010, rounds=15, noise=0.05, drift=1.0, seed=0, task=None) -> Row:
-    """Times around `seconds`, eager's around 40 ms beside them; `drift` slows the whole machine."""
-    task = task or Task("attention", "convit_small", 8)
-    draw = random.Random(f"{seed} {contender} {task}")
-    paces = [drift * draw.lognormvariate(0, noise) for _ in range(rounds)]
-    return Row(
-        group=str(task),
-        contender=contender,
-        seconds=[seconds * pace * draw.lognormvariate(0, noise) for pace in paces],
-        eager_seconds=[0.040 * pace * draw.lognormvariate(0, noise) for pace in paces],
-        error=1e-6,
-        eager_error=2e-6,
-        allowed_error=4.5e-6,
-        peak_memory=int(1e3 * task.tokens),
-        peak_memory_is="made up",
-        peak_resident=None,
-        gflops=task.flops() / seconds / 1e9,
-        share_of_peak=0.5,
-        bound="arithmetic",
-        peak="made up",
-        part=task.part,
-        model=task.model,
-        batch=task.batch,
-        tokens=task.tokens,
-        backward=task.backward,
-        dtype="float32",
-        device="cpu",
-        machine=MACHINE,
-    )
-
-
-def results(*rows: Row, not_measured=()) -> Results:
-    return Results(list(rows), list(not_measured), MACHINE, "2026-11-25")
-
-
-def write(found: Results, path: Path) -> Path:
-    """As pytest-benchmark writes it."""
-    content = {
-        "machine_info": {"convit_kernels": found.machine},
-        "benchmarks": [{"extra_info": one.to_json()} for one in found.rows],
-        "not_measured": [entry._asdict() for entry in found.not_measured],
-        "datetime": f"{found.date}T12:00:00+00:00",
-    }
-    path.write_text(json.dumps(content))
-    return path
-
-
-def disturbed(one: Row, factor: float) -> Row:
-    """As if something had run beside eager, each time before this contender's turn."""
-    return replace(one, eager_seconds=[factor * time for time in one.eager_seconds])
-
-
-def run(noise: float = 0.05, **seconds: float) -> list[Row]:
-    """Three tasks by several contenders, eager first, which takes 40 ms."""
-    tasks = [Task("attention", model, 8) for model in ("convit_tiny", "convit_small", "convit_base")]
-    contenders = {"eager": 0.040, **seconds}
-    return [row(name, time, noise=noise, task=task) for task in tasks for name, time in contenders.items()]
-
-
-def disturbed_run() -> list[Row]:
-    """Eager took 2.5 times as long beside the first task's composite, which is twice as fast as eager."""
-    first, second, third, *rest = run(cpu=0.010, composite=0.020, reference=0.030)
-    return [first, second, disturbed(third, 2.5), *rest]
+COMMITTED = [path for path in sorted(ROOT.glob("benchmarks/results/*.json")) if not path.stem.endswith("-models")]
 
 
 class TestTimesFaster:
@@ -119,7 +41,7 @@ class TestTimesFaster:
     def test_a_disturbed_neighbour_does_not_lead(self):
         rows = disturbed_run()
         ratios = speed_ups(rows)
-        assert max(rows[:4], key=lambda row: ratios[row.key].times).contender == "cpu"
+        assert max(rows[:4], key=lambda row: ratios[row.key].times).implementation == "cpu"
         assert ratios[rows[2].key].times == pytest.approx(2, rel=0.1)
         assert [key for key, ratio in ratios.items() if ratio.doubtful] == [rows[2].key]
 
@@ -127,7 +49,7 @@ class TestTimesFaster:
         eager, ours = row("eager", 0.040), row("cpu", 0.010)
         assert speed_ups([eager, disturbed(ours, 2)])[ours.key].times == pytest.approx(4, rel=0.1)
 
-    def test_a_disturbed_contender_is_not_made_up_for(self):
+    def test_a_disturbed_implementation_is_not_made_up_for(self):
         rows = run(cpu=0.010, composite=0.020)
         rows[1] = replace(rows[1], seconds=[2 * time for time in rows[1].seconds])
         assert speed_ups(rows)[rows[1].key].times == pytest.approx(2, rel=0.1)
@@ -226,14 +148,14 @@ class TestRegressions:
         assert kind(run(0.010, seed), before) == "same"
 
     def test_eager_disturbed_beside_one_row_changes_nothing(self):
-        names = [f"contender {index}" for index in range(8)]
+        names = [f"implementation {index}" for index in range(8)]
         old, new = ([row(name, seed=seed) for name in names] for seed in (1, 2))
         new[2] = replace(new[2], eager_seconds=[1.6 * time for time in new[2].eager_seconds])
         assert verdicts(new, old) == ["same"] * 8
 
     def test_a_run_that_was_disturbed_says_so(self):
         """Eager's time beside one row is not that beside the next."""
-        names = [f"contender {index}" for index in range(8)]
+        names = [f"implementation {index}" for index in range(8)]
         calm = [row(name, seed=1) for name in names]
         disturbed = [row(name, drift=1 + index % 2, seed=2) for index, name in enumerate(names)]
         assert verdicts(calm, calm) == ["same"] * 8
@@ -258,11 +180,11 @@ class TestRegressions:
         new = write(results(row(seed=1)), tmp_path / "new.json")
         result = CliRunner().invoke(app, ["report", str(new), "--against", str(old)])
         assert result.exit_code == 0
-        assert "No contender became slower or faster" in result.output
+        assert "No implementation became slower or faster" in result.output
 
 
 class TestRealRuns:
-    """Contenders that sleep, whose times a busy machine hardly changes, timed as the benchmarks time."""
+    """Implementations that sleep, whose times a busy machine hardly changes, timed as the benchmarks time."""
 
     def measure(self, milliseconds: int) -> list[Row]:
         functions = {"eager": lambda: time.sleep(0.03), "ours": lambda: time.sleep(milliseconds / 1e3)}
@@ -283,7 +205,7 @@ class TestTables:
         assert output.index("timm, eager") < output.index("ours: composite")
         assert "1.0e-06 / 4.5e-06" in output
         assert MARK not in output
-        assert "Abacus (AVX2), 2 threads" in output
+        assert "Abacus (AVX2), 2 threads" in output and "load 2.5 on 2 cores" in " ".join(output.split())
 
     def test_a_doubtful_ratio_is_marked_and_the_mark_explained(self, tmp_path):
         path = write(results(*disturbed_run()), tmp_path / "r.json")
@@ -291,7 +213,8 @@ class TestTables:
         lines = output.splitlines()
         assert [line.split()[:2] for line in lines if re.search(rf"\d{MARK} ", line)] == [["ours:", "composite"]]
         noise = math.exp(3 * noise_of_run(load(path).rows))
-        assert f"{MARK}: the pairs, the group's pace" in output and f"more than {noise:.2f} times" in output
+        assert f"{MARK}: something disturbed eager or this row" in output
+        assert f"more than {noise:.2f} times" in " ".join(output.split())
 
     def test_what_is_missing_is_said_once(self, tmp_path):
         missing = [NotMeasured(group, "compile", "no compiler") for group in ("a", "b")]
@@ -315,7 +238,7 @@ class TestFigures:
         ]
         lost = [NotMeasured(sweep[-1].group, "eager", "out of memory: 5 GB")]
         found = results(*sweep[:-2], sweep[-1], not_measured=lost)
-        written = report.write_figures(found, tmp_path)
+        written = figures.write_figures(found, tmp_path)
         assert {path.name for path in written} == {
             f"{name}.{kind}" for name in ("speed-up", "growth-tokens") for kind in ("svg", "png")
         }
@@ -324,12 +247,12 @@ class TestFigures:
         assert "ConViT-S" in text
 
     def test_equal_results_make_equal_files(self, tmp_path):
-        one, two = (report.write_figures(results(row()), tmp_path / name, ("svg",)) for name in "ab")
+        one, two = (figures.write_figures(results(row()), tmp_path / name, ("svg",)) for name in "ab")
         assert one[0].read_bytes() == two[0].read_bytes()
 
     def test_without_matplotlib_it_says_what_to_install(self, monkeypatch, tmp_path):
-        monkeypatch.delattr(bench, "plots")
-        monkeypatch.delitem(sys.modules, "convit_kernels.bench.plots")
+        monkeypatch.delattr(bench, "figures")
+        monkeypatch.delitem(sys.modules, "convit_kernels.bench.figures")
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         path = write(results(row()), tmp_path / "r.json")
         result = CliRunner().invoke(app, ["report", str(path), "--out", str(tmp_path / "figures")])
@@ -338,168 +261,58 @@ class TestFigures:
 
     def test_the_speed_up_is_the_ratio_of_the_tables(self):
         rows = disturbed_run()
-        (ax,) = plots.speed_up(rows, "").axes
+        (ax,) = figures.speed_up(rows, "").axes
         drawn = {str(bars.get_label()): [bar.get_height() for bar in bars] for bars in ax.containers}
         for place, name in enumerate(("cpu", "composite", "reference"), start=1):
             assert sorted(drawn[label(name)]) == sorted(speed_ups(rows)[one.key].times for one in rows[place::4])
         assert [text.get_text() for text in ax.texts].count(MARK) == 1
 
     def test_fit_is_the_power_law(self):
-        fit = plots.fit([1, 2, 4], [3, 12, 48])
+        fit = figures.fit([1, 2, 4], [3, 12, 48])
         assert fit == pytest.approx((2, 3))
 
-    def test_contenders_differ_in_colour(self):
+    def test_implementations_differ_in_colour(self):
         names = ("eager", "compile", "sdpa", "cpu", "triton", "composite", "reference")
-        assert len({plots.colour(name) for name in names}) == len(names)
+        assert len({figures.colour(name) for name in names}) == len(names)
 
 
-class TestWholeModels:
-    @pytest.fixture
-    def against_deit(self, monkeypatch):
-        monkeypatch.syspath_prepend(ROOT / "benchmarks")
-        import against_deit
+class TestFiles:
+    def test_what_is_written_is_read(self, tmp_path):
+        written = results(row("eager", 0.04), row(), not_measured=[NotMeasured("a task", "triton", "no GPU")])
+        assert load(write(written, tmp_path / "r.json")) == written
 
-        return against_deit
+    def test_earlier_files_are_read_too(self, tmp_path):
+        """They say "contender", and have the whole machine and a constant sentence in each row."""
+        written = results(row(), not_measured=[NotMeasured("a task", "triton", "no GPU")])
+        content = json.loads(write(written, tmp_path / "new.json").read_text())
+        for entry in [content["benchmarks"][0]["extra_info"], *content["not_measured"]]:
+            entry["contender"] = entry.pop("implementation")
+        extra = content["benchmarks"][0]["extra_info"]
+        del extra["load_1_minute"]
+        extra |= {"machine": MACHINE, "peak_memory_is": "most bytes held"}
+        (tmp_path / "old.json").write_text(json.dumps(content))
+        assert load(tmp_path / "old.json") == written
 
-    def test_section_is_what_the_committed_results_make(self, against_deit):
-        found = against_deit.SECTION.search((ROOT / "README.md").read_text())
-        assert found, "the README has no section of whole models"
-        kept = json.loads((ROOT / found["source"]).read_text())
-        assert found[0] == against_deit.section(kept, found["source"]), "run: python benchmarks/against_deit.py"
+    def test_a_row_has_nothing_of_the_machine_but_its_load(self):
+        entry = row().to_json()
+        assert entry["load_1_minute"] == 2.5
+        assert not any(isinstance(value, dict) for value in entry.values()) and "cpu_capability" not in str(entry)
 
-    def test_the_share_of_attention_is_that_of_its_kernels(self, against_deit):
-        q = torch.randn(1, 4, 256, 32, requires_grad=True)
-        image = torch.randn(1, 3, 512, 512)
-
-        def attention():
-            return torch.nn.functional.scaled_dot_product_attention(q, q, q)
-
-        assert against_deit.share_of_attention(lambda: torch.autograd.grad(attention().sum(), q)) > 0.5
-        assert against_deit.share_of_attention(lambda: torch.nn.functional.avg_pool2d(image, 7)) == 0
-        assert 0 < against_deit.share_of_attention(lambda: (attention(), image.sin())) < 1
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def right(cls):
-        """The contenders of the smallest size, nothing compiled."""
-        with pytest.MonkeyPatch.context() as patch:
-            patch.syspath_prepend(ROOT / "benchmarks")
-            import against_deit
-
-            patch.setattr(against_deit, "frozen", lambda contender: contender)
-            return against_deit.build(Task("model", "convit_tiny", 1))
-
-    @pytest.mark.parametrize(
-        "broken, text",
-        [
-            ("ConViT, replaced", "ours, automatic: out: error 1.0e-03"),
-            ("ConViT, replaced, compiled and frozen", "compiled and frozen: out: error 1.0e-03"),
-            ("DeiT, timm, compiled and frozen", "DeiT's out: error 1.0e-03"),
-        ],
-    )
-    def test_a_wrong_one_is_refused_before_any_is_timed(self, against_deit, right, monkeypatch, broken, text):
-        wrong = right[broken]._replace(forward=lambda: right[broken].forward() * 1.001)
-        timed = []
-        monkeypatch.setattr(against_deit, "SIZES", {"convit_tiny": ("deit_tiny_patch16_224", 1)})
-        monkeypatch.setattr(against_deit, "build", lambda task: right | {broken: wrong})
-        monkeypatch.setattr(against_deit, "interleaved", lambda *_: timed.append("a group"))
-        with pytest.raises(WrongResultsError, match=text):
-            against_deit.measure(1)
-        assert timed == []
-
-    def test_frozen_packs_the_weights_and_not_the_input(self, against_deit):
-        layer, images = torch.nn.Linear(8, 4), torch.randn(2, 8)
-        eager = Contender(lambda: layer(images), dict(layer.named_parameters()), torch.randn(2, 4), layer)
-        call = against_deit.frozen(eager).call(backward=False)
-        images.mul_(2)
-        torch.testing.assert_close(call(), layer(images).detach())
-        with torch.no_grad():
-            layer.weight.zero_()
-        assert not torch.equal(call(), layer(images))
-
-    def test_what_it_says_of_deit_is_the_less_favourable(self, against_deit):
-        names = (against_deit.EAGER, against_deit.REPLACED, against_deit.DEIT)
-        seconds = ([1, 1, 1], [4, 1, 1], [4, 4, 1])  # of DeiT over replaced: 1 by pairs, 4 by medians
-        rows = [
-            {"size": size, "backward": backward, "contender": name, "batch": 1, "seconds": times, "attention": None}
-            | {"parameters": 100}
-            for size in against_deit.SIZES
-            for backward in (False, True)
-            for name, times in zip(names, seconds, strict=True)
-        ]
-        text = against_deit.section({"machine": MACHINE, "date": "2026-11-25", "rows": rows}, "x.json")
-        assert "Ti forward 1.00, S forward 1.00" in text and "commit abc1234, 2026-11-25" in text
+    @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+    def test_the_committed_ones_say_what_the_rule_says(self, path):
+        ratios = speed_ups(load(path).rows)
+        entries = [entry["extra_info"] for entry in json.loads(path.read_text())["benchmarks"]]
+        assert entries
+        for entry in entries:
+            key = entry["group"], entry.get("implementation") or entry["contender"]
+            assert entry["ratio_to_eager"] == (ratios[key].times if key in ratios else None)
 
 
-class TestReadme:
-    @pytest.fixture
-    def readme(self, monkeypatch):
-        monkeypatch.syspath_prepend(ROOT / "benchmarks")
-        import readme
+def test_a_machine_and_what_was_seen_of_its_load():
+    assert describe(MACHINE) == "Abacus (AVX2), 2 threads, 1000 MHz, torch 2.14.1, commit abc1234"
+    assert describe(MACHINE, [2.5]).endswith(", load 2.5 on 2 cores")
+    assert describe(MACHINE, [2.5, 0.5, 1]).endswith(", load 0.5 to 2.5 on 2 cores")
 
-        return readme
 
-    def test_section_is_what_the_committed_results_make(self, readme):
-        found = readme.SECTION.search((ROOT / "README.md").read_text())
-        assert found, "the README has no performance section"
-        path = ROOT / found["source"]
-        growth = load(readme.growth_file(path))
-        assert found[0] == readme.section(load(path), found["source"], growth), "run: make results"
-
-    def test_no_ratio_is_beyond_the_noise_of_its_columns_without_a_mark(self, readme):
-        section = readme.SECTION.search((ROOT / "README.md").read_text())
-        noise = math.exp(3 * noise_of_run(load(ROOT / section["source"]).rows))
-        details = section[0].partition("<details>")[2].splitlines()
-        rows = [line.replace("*", "").split(" | ") for line in details if re.match(r"\| (timm|SDPA|ours)", line)]
-        eager, compared = 0.0, 0
-        for name, ratio, milliseconds, *_ in rows:
-            median = float(milliseconds.split()[0])
-            eager = median if name == "| timm, eager" else eager
-            if MARK not in ratio:
-                rounding = 1.01  # both are printed with three digits
-                assert abs(math.log(eager / median / float(ratio))) < math.log(noise * rounding), (name, ratio)
-                compared += 1
-        assert 100 < compared < len(rows)
-
-    def test_the_summary_is_of_the_rows_below_it(self, readme):
-        summary, _, details = readme.SECTION.search((ROOT / "README.md").read_text())[0].partition("<details>")
-        table = summary.partition("| times faster than eager timm |")[2].partition("\n\n")[0]
-        ratios = re.findall(rf"(?<=\| )\d+\.\d\d{MARK}?(?= \|)", table)
-        assert len(ratios) >= 36 and all(f"| **{ratio}** |" in details for ratio in ratios)
-
-    @pytest.mark.parametrize("part", ["", "-growth"])
-    def test_the_files_say_what_the_section_says(self, readme, part):
-        source = ROOT / readme.SECTION.search((ROOT / "README.md").read_text())["source"]
-        path = source.with_name(source.stem + part + ".json")
-        ratios = {key: ratio.times for key, ratio in speed_ups(load(path).rows).items()}
-        rows = [entry["extra_info"] for entry in json.loads(path.read_text())["benchmarks"]]
-        assert [row["ratio_to_eager"] for row in rows] == [ratios.get((row["group"], row["contender"])) for row in rows]
-
-    def test_a_disturbed_neighbour_does_not_lead_the_table(self, readme):
-        rows = disturbed_run()
-        text = readme.section(results(*rows), "benchmarks/results/x.json")
-        (line,) = (line for line in text.splitlines() if line.startswith("| attention, forward |"))
-        assert [float(cell) for cell in line.split("|")[2:5]] == pytest.approx([4, 4, 4], rel=0.1)
-        assert re.search(rf"^\| ours: composite \| \*\*(1\.9|2\.)\d+{MARK}\*\*", text, re.MULTILINE)
-        assert f"\n{MARK}: " in text
-
-    def test_its_figures_are_there(self, readme):
-        figures = re.findall(r"\]\((benchmarks/results/\S*?svg)\)", (ROOT / "README.md").read_text())
-        assert len(figures) >= 3
-        assert all((ROOT / figure).exists() for figure in figures)
-
-    def test_growth_names_what_ran_out_of_memory(self, readme):
-        small, large = (Task("attention", "convit_small", 8, side) for side in (14, 64))
-        lost = NotMeasured(str(large), "eager", "out of memory: 9 GB were asked for")
-        swept = results(row("eager", 0.04, task=small), row(task=small), row(task=large), not_measured=[lost])
-        text = readme.section(results(row("eager", 0.04), row()), "benchmarks/results/x.json", swept)
-        (first,) = (line for line in text.splitlines() if line.startswith("| attention, forward | 196 "))
-        (last,) = (line for line in text.splitlines() if line.startswith("| attention, forward | 4096 "))
-        assert "out of memory" not in first and last.startswith("| attention, forward | 4096 | out of memory | ")
-
-    def test_it_names_the_machine_and_what_was_not_measured(self, readme):
-        text = readme.section(results(row("eager", 0.04), row()), "benchmarks/results/x.json")
-        assert "Abacus (AVX2), 2 threads" in text
-        assert "**Not measured: any GPU.**" in text
-        assert "at a load of 2.5 to 2.5 on 2 cores" in text
-        assert "| attention, forward | 4." in text or "| attention, forward | 3.9" in text
+def test_what_is_not_ours():
+    assert [is_ours(name) for name in ("eager", "compile", "sdpa", "auto", "cpu")] == [False] * 3 + [True] * 2

@@ -18,11 +18,13 @@ from typing import Any
 import pytest
 import torch
 
-from convit_kernels.triton import budget, configs, machine_code, time_model
-from convit_kernels.triton.machine_code import Block, Loop, issued
+from convit_kernels.triton import configs
+from tools.machine_code import budget, counts, report, time_model
+from tools.machine_code.compiled import DEVICES
+from tools.machine_code.counts import Loop, issued
+from tools.machine_code.disassembly import Block, nvidia_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGET = ROOT / budget.FILE
 
 
 def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -112,9 +114,9 @@ def test_only_the_elected_warp_issues_the_products_of_tensor_memory() -> None:
     ]
     assert issued(blocks, lambda loop: 3) == Counter({"A": 1, "B": 3, "UTCHMMA": 3, "E": 3, "C": 3, "D": 1})
     assert issued(blocks, lambda loop: 3, elected=False) == Counter(A=1, B=3, C=3, D=1)
-    report = machine_code.Report("kernel", "sm_100", 8, 2, 32, 0, 0, 8, {"matrix": 3, "rest": 11}, others=8)
-    assert report.issued == 14 + 7 * 8
-    assert machine_code.Report("kernel", "sm_90", 8, 2, 32, 0, 0, 8, {"rest": 14}).issued == 8 * 14
+    of_two_kinds = report.Report("kernel", "sm_100", 8, 2, 32, 0, 0, 8, {"matrix": 3, "rest": 11}, others=8)
+    assert of_two_kinds.issued == 14 + 7 * 8
+    assert report.Report("kernel", "sm_90", 8, 2, 32, 0, 0, 8, {"rest": 14}).issued == 8 * 14
 
 
 def test_a_loop_with_two_entries_is_refused() -> None:
@@ -147,15 +149,14 @@ kernel:
 
 
 def test_nvidia_disassembly_becomes_blocks() -> None:
-    blocks = machine_code.nvidia_blocks(SASS, "kernel")
-    found = count(blocks, 5)
-    assert found["HMMA.16816.F32.BF16"] == 5 and found["FADD"] == 5 and found["BRA.U"] == 5
-    assert found["MUFU.EX2"] == 1 and found["STG.E.128"] == 1 and found["EXIT"] == 2
-    assert machine_code.macs_per_warp(found) == 5 * 16 * 8 * 16
-    assert machine_code.requested_bytes(found) == 32 * 16
-    assert machine_code.mix(found) == {"matrix": 5, "special": 1, "memory": 1, "float": 5, "rest": 10}
+    opcodes = count(nvidia_blocks(SASS, "kernel"), 5)
+    assert opcodes["HMMA.16816.F32.BF16"] == 5 and opcodes["FADD"] == 5 and opcodes["BRA.U"] == 5
+    assert opcodes["MUFU.EX2"] == 1 and opcodes["STG.E.128"] == 1 and opcodes["EXIT"] == 2
+    assert counts.macs_per_warp(opcodes) == 5 * 16 * 8 * 16
+    assert counts.requested_bytes(opcodes) == 32 * 16
+    assert counts.mix(opcodes) == {"matrix": 5, "special": 1, "memory": 1, "float": 5, "rest": 10}
     with pytest.raises(ValueError, match="no code of other"):
-        machine_code.nvidia_blocks(SASS, "other")
+        nvidia_blocks(SASS, "other")
 
 
 @pytest.mark.parametrize(
@@ -174,11 +175,25 @@ def test_nvidia_disassembly_becomes_blocks() -> None:
     ],
 )
 def test_occupancy(device: str, warps: int, registers: int, shared: int, expected: int) -> None:
-    assert machine_code.occupancy(device, warps=warps, registers=registers, shared=shared) == expected
+    assert report.occupancy(device, warps=warps, registers=registers, shared=shared) == expected
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels cannot be recorded")
+def test_a_launch_has_the_chosen_configuration_and_else_the_table_s() -> None:
+    case = budget.Case("sm_90", "backward", head_dim=64)
+    table = budget.configurations(case)
+    chosen = configs.Config(16, 256, 4, 3)
+    recorded = {launch.name: launch for launch in budget.launches(case, {"backward_kv": chosen})}
+    assert recorded["backward_kv_kernel"].arguments["BLOCK_N"] == 256
+    assert recorded["backward_kv_kernel"].options == {"num_warps": 4, "num_stages": 3}
+    assert recorded["backward_q_kernel"].arguments["BLOCK_M"] == table["backward_q"].block_m
+    assert recorded["backward_position_kernel"].arguments["BLOCK_N"] == table["backward_position"].block_n
+    with configs.target("sm_90"):
+        assert table["backward_q"] == configs.lookup("backward_q", dtype=torch.bfloat16, head_dim=64)
 
 
 def test_interpreted_kernels_are_refused() -> None:
-    code = "from convit_kernels.triton import budget; budget.launches(budget.Case('sm_90', 'forward'))"
+    code = "from tools.machine_code import budget; budget.launches(budget.Case('sm_90', 'forward'))"
     result = python("-c", code, TRITON_INTERPRET="1")
     assert result.returncode != 0 and "TRITON_INTERPRET" in result.stderr
 
@@ -189,14 +204,14 @@ def test_interpreted_kernels_are_refused() -> None:
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
     """The paper's kernels on the two architectures that the data centres have, compiled now."""
-    result = python("-m", "convit_kernels.triton.budget", "--devices", "sm_80", "sm_90", "--json")
+    result = python("-m", "tools.machine_code.budget", "--devices", "sm_80", "sm_90", "--json")
     assert result.returncode == 0, result.stderr
     return dict(json.loads(result.stdout))
 
 
 @pytest.fixture(scope="module")
 def kept() -> dict[str, Any]:
-    return dict(json.loads(BUDGET.read_text()))
+    return dict(json.loads(budget.FILE.read_text()))
 
 
 def test_the_kernels_keep_the_budget(measured: dict[str, Any], kept: dict[str, Any]) -> None:
@@ -223,14 +238,14 @@ def test_the_counted_products_are_those_of_the_tile(measured: dict[str, Any]) ->
 
 
 def test_the_file_was_made_from_this_code_and_this_table_of_configurations(kept: dict[str, Any]) -> None:
-    """Where this fails: python -m convit_kernels.triton.budget --all --write --devices (those that it names)"""
-    assert kept["sources"] == {device: budget.source(device) for device in machine_code.DEVICES}
+    """Where this fails: python -m tools.machine_code.budget --all --write --devices (those that it names)"""
+    assert kept["sources"] == {device: budget.source(device) for device in DEVICES}
 
 
 def test_the_file_has_every_device_and_no_kernel_in_it_spills_or_cannot_be_launched(kept: dict[str, Any]) -> None:
     assert set(kept["paper"]) == {f"{case.device}/{case.pass_name}" for case in budget.paper_cases()}
     for name, entry in kept["paper"].items():
-        device = machine_code.DEVICES[name.split("/")[0]]
+        device = DEVICES[name.split("/")[0]]
         for kernel in entry["kernels"]:
             assert kernel["shared"] <= device.shared_per_block and kernel["occupancy"] > 0, (name, kernel)
             assert kernel["spill_bytes"] == 0, (name, kernel)
@@ -240,7 +255,7 @@ def test_every_configuration_that_can_be_chosen_compiles_fits_and_does_not_spill
     cases = budget.matrix_cases()
     assert set(kept["matrix"]) == {str(case) for case in cases}
     for case in cases:
-        device = machine_code.DEVICES[case.device]
+        device = DEVICES[case.device]
         kernels = kept["matrix"][str(case)]
         assert kernels
         for kernel, (_, spill_bytes, shared, warps) in kernels.items():
@@ -353,6 +368,29 @@ def test_tuned_configurations_are_kept_by_device(cache: Path) -> None:
     assert [path.name for path in cache.parent.iterdir()] == [cache.name]
 
 
+@pytest.mark.parametrize(
+    ("text", "edited", "same"),
+    [
+        ('"""Pieces that the forward', '"""What the forward', True),  # a module's docstring
+        ('    """``a b^T``, the product', '    """Another text, the product', True),  # a function's
+        ("    power = 16\n", "    power = 16  # a comment\n\n", True),
+        ("    power = 16\n", "    power = 32\n", False),
+        ('return "tf32"', 'return "ieee"', False),  # a string that is no docstring
+    ],
+)
+def test_the_hash_of_the_kernels_follows_their_code_not_their_docstrings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, edited: str, same: bool
+) -> None:
+    before = configs.source_hash()
+    for name in configs.KERNEL_SOURCES:
+        (tmp_path / name).write_text((Path(configs.__file__).parent / name).read_text())
+    common = (tmp_path / "common.py").read_text()
+    assert common.count(text) == 1
+    (tmp_path / "common.py").write_text(common.replace(text, edited))
+    monkeypatch.setattr(configs, "__file__", str(tmp_path / "configs.py"))
+    assert (configs.source_hash.__wrapped__() == before) == same
+
+
 def test_configurations_of_other_source_are_not_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configs.store_tuned("GPU A", {"forward/dense/bfloat16/48/256": configs.Config(128, 64, 8, 3)})
     monkeypatch.setattr(configs, "source_hash", lambda: "another")
@@ -386,7 +424,7 @@ def test_an_invalid_configuration_is_not_stored(cache: Path) -> None:
 
 
 def row(**changes: Any) -> budget.Row:
-    report = machine_code.Report(
+    of_kernel = report.Report(
         kernel="forward_kernel",
         device="sm_90",
         warps=4,
@@ -399,7 +437,7 @@ def row(**changes: Any) -> budget.Row:
         macs=changes.pop("macs", 0),
         requested=changes.pop("requested", 0),
     )
-    return budget.Row(tile=(64, 64), programs=132, report=report, tensor_bytes=changes.pop("tensor_bytes", 0))
+    return budget.Row(tile=(64, 64), programs=132, report=of_kernel, tensor_bytes=changes.pop("tensor_bytes", 0))
 
 
 @pytest.mark.parametrize(

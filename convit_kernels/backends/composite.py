@@ -19,34 +19,49 @@ from ..relpos import relative_position_tables
 
 
 def _positional_values(v: Tensor, row_table: Tensor, col_table: Tensor) -> Tensor:
-    """(B, H, N, D) -> (B, H, N, D): the positional attention applied to v, first along x, then along y."""
+    """The positional attention applied to v, first along x, then along y.
+
+    Args:
+        v: (B, H, N, D), tokens in row-major order of the grid.
+        row_table, col_table: (H, height, height) and (H, width, width) in v's dtype.
+
+    Returns:
+        (B, H, N, D).
+    """
     batch, heads, tokens, head_dim = v.shape
     height, width = row_table.shape[-1], col_table.shape[-1]
-    # The axis that is mixed stands first, so that each is one product for an image and head.
-    by_column = v.reshape(batch, heads, height, width, head_dim).transpose(2, 3).flatten(3)
-    mixed = (col_table @ by_column).reshape(batch, heads, width, height, head_dim)
-    by_row = mixed.transpose(2, 3).flatten(3)
+    # The axis that a table mixes comes first of three, and the other two are one: a single product an image and head.
+    of_grid = v.reshape(batch, heads, height, width, head_dim)  # (B, H, height, width, D)
+    by_column = of_grid.transpose(2, 3).flatten(3)  # (B, H, width, height * D)
+    mixed = col_table @ by_column  # (H, width, width) @ (B, H, width, height * D)
+    mixed = mixed.reshape(batch, heads, width, height, head_dim)  # (B, H, width, height, D)
+    by_row = mixed.transpose(2, 3).flatten(3)  # (B, H, height, width * D)
     return (row_table @ by_row).reshape(batch, heads, tokens, head_dim)
 
 
 def _rows(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """(B, H, N, 1): NaN for the queries whose content softmax is NaN because q or k is not finite, else 1.
 
-    PyTorch's fused attention loses many of them on the way, and takes a query whose scores are all -inf for one that
-    sees no key. A softmax is NaN where a score is NaN or +inf, or all are -inf. A score is NaN or +inf when the product
-    of a channel is, which the largest and the smallest key of each channel tell.
+    PyTorch's fused attention loses many of these NaNs, and treats a query whose scores are all -inf as one that sees no
+    key. A softmax is NaN where a score is NaN or +inf, or all are -inf. A score is NaN or +inf when the product of a
+    channel is, which the largest and the smallest key of each channel tell.
+
+    Args:
+        q, k: (B, H, N, D).
     """
     q, k = q.detach(), k.detach()
-    largest, smallest = k.amax(dim=-2, keepdim=True), k.amin(dim=-2, keepdim=True)
-    # 0 for a channel whose keys are finite, else their infinity, NaN for both of them
+    largest, smallest = k.amax(dim=-2, keepdim=True), k.amin(dim=-2, keepdim=True)  # (B, H, 1, D)
+    # (B, H, 1, D): 0 for a channel whose keys are finite, else their infinity, NaN for both of them
     channel = (largest - largest.nan_to_num()) + (smallest - smallest.nan_to_num())
-    scores = (q * channel).sum(dim=-1, keepdim=True) * scale  # 0, -inf, or +inf or NaN where a score is; NaN by q alone
-    finite_keys = (k * 0).sum(dim=-1, keepdim=True).nan_to_num(nan=-math.inf).amax(dim=-2, keepdim=True)  # 0 or -inf
+    # (B, H, N, 1): 0, -inf, or +inf or NaN where a score is; NaN where q is not finite
+    scores = (q * channel).sum(dim=-1, keepdim=True) * scale
+    # (B, H, 1, 1): 0 where some key is finite, else -inf
+    finite_keys = (k * 0).sum(dim=-1, keepdim=True).nan_to_num(nan=-math.inf).amax(dim=-2, keepdim=True)
     return 1 + 0 * (scores.clamp(min=0) + finite_keys)
 
 
 def _content(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """(B, H, N, D): the content attention applied to v."""
+    """q, k, v (B, H, N, D) -> (B, H, N, D) in v's dtype: the content attention applied to v."""
     if ops.why_not(q, k, v):  # PyTorch's fused attention has no forward-mode and no second derivative either
         dtype = torch.promote_types(q.dtype, torch.float32)
         q, k, values = (tensor.to(dtype) for tensor in (q, k, v))
@@ -61,14 +76,22 @@ def why_not(inputs: Inputs | None) -> str:
 
 
 def attention(inputs: Inputs) -> Tensor:
+    """The gated mix of SDPA's result and the tables' result.
+
+    Args:
+        inputs: of any device and dtype; shapes in `Inputs`. dropout_p must be 0 (see `why_not`).
+
+    Returns:
+        (B, H, N, D) in v's dtype, a view of a contiguous (B, N, H, D) tensor where PyTorch's attention gives one.
+    """
     q, k, v, pos_weight, gate, grid, scale, _ = inputs
     row_table, col_table = relative_position_tables(pos_weight.to(torch.promote_types(pos_weight.dtype, v.dtype)), grid)
-    g = torch.sigmoid(gate.to(row_table.dtype))[:, None, None]
-    content = _content(q, k, v, scale)
-    position = _positional_values(v, (g * row_table).to(v.dtype), col_table.to(v.dtype))
-    content = content * ((1 - g).to(v.dtype) * _rows(q, k, scale))
-    # Its memory layout is the one the output projection reads, and the sum keeps it. In place, except where the
-    # position may be more than the content is: have a dimension of vmap's, or be of a subclass.
+    g = torch.sigmoid(gate.to(row_table.dtype))[:, None, None]  # (H, 1, 1)
+    content = _content(q, k, v, scale)  # (B, H, N, D)
+    position = _positional_values(v, (g * row_table).to(v.dtype), col_table.to(v.dtype))  # (B, H, N, D), times g
+    content = content * ((1 - g).to(v.dtype) * _rows(q, k, scale))  # (H, 1, 1) * (B, H, N, 1)
+    # The content has the memory layout that the output projection reads, and the sum keeps it. In place, except where
+    # the position may be more than the content is: have a dimension of vmap's, or be of a subclass.
     in_place = type(position) is type(content) and not ops.transformed()
     out = content.add_(position) if in_place else content + position
     return out.to(v.dtype)  # autocast may have made of two half precisions what holds both

@@ -21,4 +21,13 @@ def why_not(inputs: Inputs | None) -> str:
 
 
 def attention(inputs: Inputs) -> Tensor:
+    """One call of the op `gated_attention`, whose CPU kernel is in csrc/attention_cpu.cpp.
+
+    Args:
+        inputs: on the CPU, in any dtype and with any strides; shapes in `Inputs`. dropout_p must be 0 (see `why_not`).
+
+    Returns:
+        (B, H, N, D) in q's dtype, a view of a contiguous (B, N, H, D) tensor. Sums are in float32, of float64
+        inputs in float64.
+    """
     return ops.attend(inputs)

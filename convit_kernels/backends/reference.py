@@ -45,6 +45,14 @@ def why_not(inputs: Inputs | None) -> str:
 
 
 def attention(inputs: Inputs) -> Tensor:
+    """`attention_map` times v, the map (B, H, N, N) under dropout.
+
+    Args:
+        inputs: of any device and dtype; shapes in `Inputs`.
+
+    Returns:
+        (B, H, N, D) in v's dtype.
+    """
     q, k, v, pos_weight, gate, grid, scale, dropout_p = inputs
     weights = attention_map(q, k, pos_weight, gate, grid, scale)
     return (F.dropout(weights, dropout_p) @ v.to(weights.dtype)).to(v.dtype)

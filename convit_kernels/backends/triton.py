@@ -33,6 +33,15 @@ def why_not(inputs: Inputs | None) -> str:
 
 
 def attention(inputs: Inputs) -> Tensor:
+    """One call of the op `gated_attention`, whose GPU implementation is in triton/attention.py.
+
+    Args:
+        inputs: on a GPU (in Triton's interpreter on the CPU), in one of DTYPES, head_dim at most MAX_HEAD_DIM and N at
+            most MAX_TOKENS, any strides; shapes in `Inputs`.
+
+    Returns:
+        (B, H, N, D) in q's dtype, a view of a contiguous (B, N, H, D) tensor. Sums are in float32.
+    """
     # seed and offset of the mask, drawn on the device: nothing waits for the host, also within a CUDA graph
     philox = torch.randint(0, 1 << 31, (2,), device=inputs.q.device) if inputs.dropout_p > 0 else None
     return ops.attend(inputs, philox)

@@ -1,1 +1,1 @@
-"""Measuring: contenders, time and memory, accuracy, profiles, reports."""
+"""Measuring: implementations, time and memory, accuracy, profiles, reports."""

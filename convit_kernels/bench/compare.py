@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from .contenders import EAGER, MODES, PARTS
+from .implementations import EAGER, MODES, PARTS
 from .measure import spread
 from .results import Row, by_group
 
@@ -24,8 +24,8 @@ FEWEST_OF_A_KIND = 4
 
 MARK = "\N{DAGGER}"
 MEANING = (
-    "times faster than eager timm: the smaller of the median over pairs of neighbouring runs, and of eager's median in "
-    "the whole group over the row's"
+    "times faster than eager timm, the smaller of two ratios: the median over pairs of neighbouring calls, and eager's "
+    "median at the task over this median"
 )
 
 
@@ -33,7 +33,7 @@ class SpeedUp(NamedTuple):
     """How many times faster than eager something is, in each of the ways to tell.
 
     What disturbs one call of a pair shifts the first, what disturbs the machine for longer the second. The smaller
-    counts, below 1 too: a contender is never said to be faster than both ways say.
+    counts, below 1 too: an implementation is never said to be faster than both ways say.
     """
 
     paired: float  # the median over pairs of neighbours in time
@@ -60,7 +60,7 @@ def _pairs(baseline: Sequence[float], seconds: Sequence[float]) -> list[float]:
 
 
 def times_faster(baseline: Sequence[float], seconds: Sequence[float], pace: float | None = None) -> SpeedUp:
-    """Of one contender, from its seconds and eager's, or another baseline's, that were measured in turn with them.
+    """Of one implementation, from its seconds and eager's, or another baseline's, that were measured in turn with them.
 
     `pace` is the baseline's median where more is known of it than these.
     """
@@ -76,28 +76,27 @@ def speed_ups(rows: Sequence[Row]) -> dict[tuple[str, str], SpeedUp]:
     medians = _eager_medians(rows)
     deviation = noise_of_run(rows)
     noise = math.inf if deviation is None else math.exp(DEVIATIONS_OF_A_MARK * deviation)
-    found: dict[tuple[str, str], SpeedUp] = {}
+    ratios: dict[tuple[str, str], SpeedUp] = {}
     for group, members in by_group(rows).items():
-        own = [row.time.p50 for row in members if row.contender == EAGER]
+        own = [row.time.p50 for row in members if row.implementation == EAGER]
         for row in members:
             if row.eager_seconds:
                 pace = statistics.median([*medians[group], *own])
                 by_rows = own[0] / row.time.p50 if own else None
-                found[row.key] = times_faster(row.eager_seconds, row.seconds, pace)._replace(
+                ratios[row.key] = times_faster(row.eager_seconds, row.seconds, pace)._replace(
                     by_rows=by_rows, noise=noise
                 )
-    return found
+    return ratios
 
 
-def footnote(found: Iterable[SpeedUp | None]) -> str:
+def footnote(ratios: Iterable[SpeedUp | None]) -> str:
     """What the mark means, where one of these bears it; "" where none does."""
-    marked = [one for one in found if one is not None and one.doubtful]
+    marked = [ratio for ratio in ratios if ratio is not None and ratio.doubtful]
     if not marked:
         return ""
     return (
-        f"{MARK}: the pairs, the group's pace and eager's row over this one disagree by more than "
-        f"{marked[0].noise:.2f} times, {DEVIATIONS_OF_A_MARK:g} standard deviations of what this run's repeated "
-        "measurements of eager show, so that something disturbed eager or this row."
+        f"{MARK}: something disturbed eager or this row: the two ratios, or eager's row over this one, differ by more "
+        f"than {marked[0].noise:.2f} times, {DEVIATIONS_OF_A_MARK:g} standard deviations of this run's noise."
     )
 
 
@@ -122,23 +121,23 @@ def noise_of_run(rows: Iterable[Row]) -> float | None:
 
 
 class Change(NamedTuple):
-    """How a contender's time at a task, or at all tasks of a kind, differs from the older one."""
+    """How an implementation's time at a task, or at all tasks of a kind, differs from the older one."""
 
     task: str
-    contender: str
+    implementation: str
     change: float  # new time over old, as much of it as shows relative to eager's in the same run
     noise: float  # the factor up to which chance explains it
     verdict: str  # slower, faster, same, or unclear: too much noise to say
 
     @classmethod
-    def judged(cls, task: str, contender: str, change: float, noise: float) -> "Change":
+    def judged(cls, task: str, implementation: str, change: float, noise: float) -> "Change":
         """Of the logarithms of a change and of what chance explains."""
         noise = max(math.log(SMALLEST_CHANGE), noise)
         if abs(change) > noise:
             verdict = "slower" if change > 0 else "faster"
         else:
             verdict = "unclear" if noise > math.log(MUST_SHOW) else "same"
-        return cls(task, contender, math.exp(change), math.exp(noise), verdict)
+        return cls(task, implementation, math.exp(change), math.exp(noise), verdict)
 
 
 def _standard_error(values: Sequence[float]) -> float:
@@ -173,21 +172,21 @@ def changes(new: Sequence[Row], old: Sequence[Row]) -> list[Change]:
     older = {row.key: row for row in old}
     now, then = speed_ups(new), speed_ups(old)
     runs = math.hypot(*(noise_of_run(rows) or 0.0 for rows in (new, old)))
-    found: list[Change] = []
+    judged: list[Change] = []
     kinds: dict[tuple[str, str], list[float]] = {}
     for row in new:
         before = older.get(row.key)
-        if before is None or row.contender == EAGER:
+        if before is None or row.implementation == EAGER:
             continue
         change, error = _change_of_row(row, before, now.get(row.key), then.get(row.key))
         noise = DEVIATIONS_OF_A_ROW * math.hypot(error, runs)
-        found.append(Change.judged(row.group, row.contender, change, noise))
+        judged.append(Change.judged(row.group, row.implementation, change, noise))
         kind = f"{PARTS[row.part]}, {MODES[row.backward]}"
-        kinds.setdefault((kind, row.contender), []).append(change)
-    for (kind, contender), values in kinds.items():
+        kinds.setdefault((kind, row.implementation), []).append(change)
+    for (kind, implementation), values in kinds.items():
         if len(values) >= FEWEST_OF_A_KIND:
             error = math.sqrt(math.pi / 2 / len(values)) * statistics.stdev(values)
             noise = DEVIATIONS * math.hypot(error, runs / math.sqrt(len(values)))
             task = f"{kind}: all {len(values)} tasks"
-            found.append(Change.judged(task, contender, statistics.median(values), noise))
-    return sorted(found, key=lambda change: -change.change)
+            judged.append(Change.judged(task, implementation, statistics.median(values), noise))
+    return sorted(judged, key=lambda change: -change.change)

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,9 +43,9 @@ def commit() -> str | None:
     here = str(Path(__file__).parent)
     if _output("git", "-C", here, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None  # installed somewhere inside another project's repository
-    found = _output("git", "-C", here, "rev-parse", "--short", "HEAD")
+    head = _output("git", "-C", here, "rev-parse", "--short", "HEAD")
     dirty = _output("git", "-C", here, "status", "--porcelain", "--untracked-files=no")
-    return f"{found}-dirty" if found and dirty else found
+    return f"{head}-dirty" if head and dirty else head
 
 
 @lru_cache(maxsize=1)
@@ -82,13 +83,15 @@ def machine() -> dict[str, Any]:
     }
 
 
-def describe(machine: dict[str, Any]) -> str:
-    """A machine in a line."""
+def describe(machine: Mapping[str, Any], loads: Sequence[float] = ()) -> str:
+    """A machine in a line; `loads` are what was seen of its load while something was measured."""
+    low, high = (f"{load:g}" for load in (min(loads), max(loads))) if loads else ("", "")
     parts = [
         f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}" if machine["gpu"] else None,
         f"{machine['cpu']} ({machine['cpu_capability']}), {machine['threads']} threads",
         f"{machine['cpu_clock_mhz']:.0f} MHz" if machine["cpu_clock_mhz"] else None,
         f"torch {machine['torch']}",
         f"commit {machine['commit']}" if machine["commit"] else None,
+        f"load {low if low == high else f'{low} to {high}'} on {machine['cores']} cores" if loads else None,
     ]
     return ", ".join(part for part in parts if part)

@@ -48,9 +48,9 @@ def check_device(device: str) -> None:
     except RuntimeError:
         kind = "unknown"
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU on this machine")
+        raise ValueError(f"device {device!r} cannot be used: torch sees no GPU on this machine; cpu can")
     if kind not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu or cuda, but is {device!r}")
+        raise ValueError(f"the device must be cpu or cuda, but is {device!r}")
 
 
 def is_cuda(device: str) -> bool:
@@ -64,9 +64,9 @@ def _cold_lines(device: str) -> torch.Tensor:
 
 
 def flush_cache(device: str) -> None:
-    """Empties a GPU's L2 by writing four times its size, so that no contender finds another's tensors there.
+    """Empties a GPU's L2 by writing four times its size, so that no implementation finds another's tensors there.
 
-    A CPU's caches are left alone: contenders run in turn, and each finds what the one before it left.
+    A CPU's caches are left alone: implementations run in turn, and each finds what the one before it left.
     """
     if is_cuda(device):
         _cold_lines(device).zero_()
@@ -89,7 +89,7 @@ def seconds(function: Call, device: str) -> float:
 def interleaved(
     functions: Mapping[str, Call], device: str, rounds: int, step: Callable[[], None] = lambda: None
 ) -> dict[str, list[float]]:
-    """Seconds of each call, one of each contender in turn, so that a change of the machine's pace meets all alike.
+    """Seconds of each call, one of each implementation in turn, so that a change of the machine's pace meets all alike.
 
     Calls `step` after each round; warming up is up to the caller.
     """
@@ -133,8 +133,8 @@ def peak_memory(function: Call, device: str) -> int:
 
 
 def _resident(field: str) -> int:
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
+    line = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(line[1]) * 1024 if line else 0
 
 
 def peak_resident(function: Call) -> int | None:
@@ -205,14 +205,14 @@ def arithmetic_peak(device: str, dtype: torch.dtype) -> Peak:
     side = 8192 if is_cuda(device) else 1536
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    found = {"torch.mm": _best(lambda: torch.mm(a, b, out=out), device, 2.0 * side**3)}
+    rates = {"torch.mm": _best(lambda: torch.mm(a, b, out=out), device, 2.0 * side**3)}
     onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     if onednn is not None and not is_cuda(device) and torch.backends.mkldnn.is_available():
         # private, but the way to oneDNN where torch.mm goes to MKL; it lacks products that the processor lacks
         with suppress(RuntimeError):
-            found["oneDNN"] = _best(lambda: onednn(a, b, None, "none", [], ""), device, 2.0 * side**3)
-    name = max(found, key=lambda key: found[key])
-    return Peak(found[name], f"{side} x {side} matrix product, {str(dtype)[6:]}, {name}")
+            rates["oneDNN"] = _best(lambda: onednn(a, b, None, "none", [], ""), device, 2.0 * side**3)
+    name = max(rates, key=lambda key: rates[key])
+    return Peak(rates[name], f"{side} x {side} matrix product, {str(dtype)[6:]}, {name}")
 
 
 @lru_cache

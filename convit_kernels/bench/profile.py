@@ -3,24 +3,22 @@
 import bisect
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from rich.box import SIMPLE
-from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from .accuracy import Accuracy, judge, require_right
-from .compare import MEANING, times_faster
-from .contenders import ARCHITECTURES, COMPILED, EAGER, CannotRunError, Contender, Task, build, label
-from .machine import machine
+from .compare import MARK, times_faster
+from .implementations import ARCHITECTURES, COMPILED, EAGER, Implementation, Task, build, label, why_not
+from .machine import describe, machine
 from .measure import (
     Call,
     Peak,
@@ -38,6 +36,8 @@ from .phases import PHASES, PREFIX, follow, phase_ranges
 
 DTYPES = ("float32", "bfloat16", "float16")
 PROFILED_CALLS = 3  # of them the quickest is shown: the one least disturbed
+DISTURBED = 2.0  # a call that takes so many times the median of its implementation was disturbed
+ATTEMPTS = 3  # to measure without a disturbed call, before what is shown is marked
 
 # the first that is found in a GPU kernel's name; names of libraries are long and carry their template arguments
 _KERNELS = (
@@ -61,11 +61,6 @@ def readable(kernel: str) -> str:
     return next((name for pattern, name in _KERNELS if re.search(pattern, kernel)), re.split(r"[<(]", kernel)[0])
 
 
-def operator_name(name: str) -> str:
-    """An operator's name for a reader: without PyTorch's namespace, without a compiled graph's hash."""
-    return "compiled graph" if "CompiledFxGraph" in name else name.removeprefix("aten::")
-
-
 @dataclass
 class Share:
     """What a phase or an operator took of one call. Seconds are the GPU's where there is one."""
@@ -76,51 +71,97 @@ class Share:
     launches: int = 0  # of GPU kernels
 
 
-@dataclass
-class ContenderProfile:
-    """One contender's call: by phase, by (phase, operator), its memory over time, and its time without the profiler."""
+class Recording(NamedTuple):
+    """One call under the profiler: by phase, by phase and operator, by GPU kernel, and its memory over time."""
 
-    name: str
     phases: dict[str, Share]
     operators: dict[str, dict[str, Share]]  # by phase, then by operator
     kernels: dict[str, Share]  # by readable name; GPU only
     memory: list[tuple[float, int]]  # seconds from the start, bytes in use
-    peak_memory: int
-    traffic: float | None  # bytes that the operators read and write; None where compiled code hides them
-    seconds: list[float] = field(default_factory=list)
-    eager_ratio: float | None = None
-    accuracy: Accuracy | None = None
+    trace: profile
 
     @property
     def total(self) -> float:
-        """Seconds of all phases: the profiled call's, without Python's own."""
+        """Seconds of all phases, without Python's own."""
         return sum(share.seconds for share in self.phases.values())
 
 
-@dataclass
+@dataclass(frozen=True)
+class ImplementationProfile:
+    """One implementation: its call under the profiler, as `Recording` has it, and its time and memory without it."""
+
+    name: str
+    phases: dict[str, Share]
+    operators: dict[str, dict[str, Share]]
+    kernels: dict[str, Share]
+    memory: list[tuple[float, int]]
+    total: float
+    peak_memory: int
+    traffic: float | None  # bytes that the operators read and write; None where compiled code hides them
+    seconds: list[float]  # of each call without the profiler
+    eager_ratio: float | None  # None: eager was not measured
+    accuracy: Accuracy | None  # None: it computes something else
+
+    @property
+    def disturbances(self) -> list[str]:
+        """Which of the figures something else on the machine has disturbed, for a reader."""
+        median = spread(self.seconds).p50
+        slowest = {"the slowest timed call": max(self.seconds), "the profiled call": self.total}
+        return [
+            f"{what} took {milliseconds(seconds)} ms, the median of the timed calls is {milliseconds(median)} ms"
+            for what, seconds in slowest.items()
+            if _disturbed(seconds, self.seconds)
+        ]
+
+    @property
+    def title(self) -> str:
+        """Its name for a reader, marked where it was disturbed."""
+        return label(self.name) + (MARK if self.disturbances else "")
+
+
+@dataclass(frozen=True)
 class Profile:
-    """A task's contenders, eager first, on one machine."""
+    """A task's implementations on one machine, in the order in which they were asked for."""
 
     task: Task
-    contenders: list[ContenderProfile]
-    left_out: dict[str, str]
+    implementations: list[ImplementationProfile]
     arithmetic: Peak
     bandwidth: Peak
-    machine: dict[str, Any]
+    machine: dict[str, Any]  # as it was before anything was measured, its load too
+
+    @property
+    def where(self) -> str:
+        """The machine and its load, in a line."""
+        load = self.machine["load_1_minute"]
+        return describe(self.machine, [] if load is None else [load])
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the marks mean, a sentence for each implementation that was disturbed; empty where none was."""
+        return [
+            f"{one.title}: {'; '.join(one.disturbances)}. It is still so after {ATTEMPTS} attempts: something else "
+            "probably uses the machine, and these figures say little."
+            for one in self.implementations
+            if one.disturbances
+        ]
 
     def to_json(self) -> dict[str, Any]:
         task = self.task._asdict() | {"dtype": str(self.task.dtype)[6:], "flops": self.task.flops()}
-        contenders = [
-            asdict(one) | {"label": label(one.name), "accuracy": one.accuracy and one.accuracy._asdict()}
-            for one in self.contenders
+        implementations = [
+            asdict(one)
+            | {
+                "label": label(one.name),
+                "accuracy": one.accuracy and one.accuracy._asdict(),
+                "disturbances": one.disturbances,
+            }
+            for one in self.implementations
         ]
         return {
             "task": task,
             "machine": self.machine,
             "arithmetic_peak": self.arithmetic._asdict(),
             "memory_peak": self.bandwidth._asdict(),
-            "contenders": contenders,
-            "left_out": self.left_out,
+            "implementations": implementations,
         }
 
 
@@ -189,27 +230,32 @@ def attribute(
     return phases, operators, kernels, phase_at
 
 
-def _profile_once(contender: Contender, name: str, task: Task, call: Call) -> tuple[ContenderProfile, profile]:
+def _record(name: str, implementation: Implementation, task: Task, call: Call) -> Recording:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if is_cuda(task.device) else [])
     following: AbstractContextManager[dict[str, str]] = nullcontext({})
-    if name != COMPILED and contender.module is not None:
-        following = follow(contender.module)
-    with profile(activities=activities, profile_memory=True) as recorded, following as layouts:
+    if name != COMPILED and implementation.module is not None:
+        following = follow(implementation.module)
+    with profile(activities=activities, profile_memory=True) as trace, following as layouts:
         call()
         if is_cuda(task.device):
             torch.cuda.synchronize(task.device)
-    phases, operators, kernels, phase_at = attribute(recorded.events(), task.device, layouts, name == COMPILED)
-    curve = memory_over_time(recorded, task.device)
+    phases, operators, kernels, phase_at = attribute(trace.events(), task.device, layouts, name == COMPILED)
+    curve = memory_over_time(trace, task.device)
     before = 0
     for moment, in_use in curve:
         phases[phase_at(moment)].memory += max(0, in_use - before)
         before = in_use
-    ordered = {phase: phases[phase] for phase in PHASES if phase in phases}
-    memory = [(moment / 1e6, in_use) for moment, in_use in curve]
-    one = ContenderProfile(
-        name, ordered, {phase: dict(found) for phase, found in operators.items()}, dict(kernels), memory, 0, None
+    return Recording(
+        {phase: phases[phase] for phase in PHASES if phase in phases},
+        {phase: dict(shares) for phase, shares in operators.items()},
+        dict(kernels),
+        [(moment / 1e6, in_use) for moment, in_use in curve],
+        trace,
     )
-    return one, recorded
+
+
+def _disturbed(seconds: float, timed: Sequence[float]) -> bool:
+    return seconds > DISTURBED * spread(timed).p50
 
 
 def task(model: str, batch: int, backward: bool, layer: bool, device: str, dtype: str) -> Task:
@@ -231,141 +277,58 @@ def task(model: str, batch: int, backward: bool, layer: bool, device: str, dtype
 def run(
     task: Task, names: Sequence[str], rounds: int = 5, trace: Path | None = None, step: Callable[[str], None] = print
 ) -> Profile:
-    """Profiles contenders on one task, each `rounds` times without the profiler too, interleaved with the others.
+    """Profiles implementations on one task, each `rounds` times without the profiler too, interleaved with the others.
 
-    `step` is told what is being done; `trace`, a directory, receives a Chrome trace of each contender.
+    What was disturbed is measured again, at most `ATTEMPTS` times. `step` is told what is being done; `trace`, a
+    directory, receives a Chrome trace of each implementation.
 
     Raises:
-        ValueError: a contender is unknown.
-        WrongResultsError: of a contender, so that its time would be worth nothing. The text says which and how far.
+        ValueError: an implementation is unknown or cannot run here; raised before any work, with the reason.
+        WrongResultsError: of an implementation: its time would be worth nothing. The text says which and how far.
     """
-    contenders: dict[str, Contender] = {}
-    left_out = {}
-    for name in dict.fromkeys(names):
-        step(f"{label(name)}: checking against float64")
-        try:
-            contenders[name] = build(task, name)
-        except CannotRunError as reason:
-            left_out[name] = str(reason)
-    accuracy = judge(task, contenders)
+    reasons = {name: why_not(task, name) for name in names}
+    if refused := [f"{label(name)}: {reason}" for name, reason in reasons.items() if reason]:
+        raise ValueError(f"cannot be profiled on {task.device}: " + "; ".join(refused))
+    where = machine()
+    step("checking against float64")
+    implementations = {name: build(task, name) for name in reasons}
+    accuracy = judge(task, implementations)
     require_right(accuracy)
 
-    calls = {name: one.call(task.backward) for name, one in contenders.items()}
-    step("profiling, interleaved")
-    recordings: dict[str, list[tuple[ContenderProfile, profile]]] = {name: [] for name in contenders}
-    for _ in range(PROFILED_CALLS):
-        for name, contender in contenders.items():
-            recordings[name].append(_profile_once(contender, name, task, calls[name]))
+    calls = {name: implementation.call(task.backward) for name, implementation in implementations.items()}
+    for attempt in range(ATTEMPTS):
+        step("timing again: something disturbed it" if attempt else "timing, interleaved")
+        samples = interleaved(calls, task.device, rounds)
+        if not any(_disturbed(max(timed), timed) for timed in samples.values()):
+            break
+    recordings: dict[str, Recording] = {}
+    for attempt in range(ATTEMPTS):
+        step("profiling again: something disturbed it" if attempt else "profiling, interleaved")
+        for _ in range(PROFILED_CALLS):
+            for name, implementation in implementations.items():
+                recording = _record(name, implementation, task, calls[name])
+                recordings[name] = min(recordings.get(name, recording), recording, key=lambda each: each.total)
+        if not any(_disturbed(recordings[name].total, timed) for name, timed in samples.items()):
+            break
     profiles = []
-    for name, contender in contenders.items():
+    for name, recording in recordings.items():
         step(f"{label(name)}: memory")
-        one, recorded = min(recordings[name], key=lambda pair: pair[0].total)
         if trace is not None:
             trace.mkdir(parents=True, exist_ok=True)
-            recorded.export_chrome_trace(str(trace / f"{name}.json"))
-        one.peak_memory = peak_memory(calls[name], task.device)
-        one.traffic = None if name == COMPILED else _traffic(contender.call(task.backward))
-        one.accuracy = accuracy.get(name)
-        profiles.append(one)
-    step("timing, interleaved")
-    samples = interleaved(calls, task.device, rounds)
-    for one in profiles:
-        one.seconds = samples[one.name]
-        if EAGER in samples:
-            one.eager_ratio = times_faster(samples[EAGER], one.seconds).times
-    return Profile(
-        task, profiles, left_out, arithmetic_peak(task.device, task.dtype), memory_peak(task.device), machine()
-    )
-
-
-def phase_lines(found: Profile) -> Iterator[tuple[str, list[tuple[str, list[str]]]]]:
-    """Each phase that anybody has, with a line for each contender, whose numbers are those of `headings`."""
-    cuda = is_cuda(found.task.device)
-    for phase in PHASES:
-        lines = []
-        for one in found.contenders:
-            share = one.phases.get(phase)
-            if share is None:
-                continue
-            percent = f"{share.seconds / one.total:.0%}" if one.total else ""
-            numbers = [milliseconds(share.seconds), percent, f"{share.memory / 1e6:.1f}", str(share.calls)]
-            lines.append((one.name, numbers + [str(share.launches)] * cuda))
-        if lines:
-            yield phase, lines
-
-
-def top_operators(found: Profile, most: int = 4) -> Mapping[str, Mapping[str, list[tuple[str, Share]]]]:
-    """The operators that take most time, by phase and contender."""
-    return {
-        phase: {
-            one.name: sorted(one.operators.get(phase, {}).items(), key=lambda item: -item[1].seconds)[:most]
-            for one in found.contenders
-        }
-        for phase in PHASES
-        if any(phase in one.operators for one in found.contenders)
-    }
-
-
-def headings(found: Profile) -> list[str]:
-    """Of the numbers of a phase; a CPU has no kernels to launch."""
-    return ["ms", "share", "MB", "calls"] + ["launches"] * is_cuda(found.task.device)
-
-
-def tables(found: Profile) -> list[Table | str]:
-    """Totals, phases and operators, contenders side by side."""
-    totals = Table(
-        title=f"[bold]{found.task}[/bold]", title_justify="left", box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0)
-    )
-    totals.add_column("contender", no_wrap=True)
-    for heading in ("faster", "ms (p20-p80)", "peak MB", "GFLOP/s", "error / allowed"):
-        totals.add_column(heading, justify="right", no_wrap=True)
-    for one in found.contenders:
-        p20, p50, p80 = spread(one.seconds)
-        times = f"{milliseconds(p50)} ({milliseconds(p20)}-{milliseconds(p80)})"
-        totals.add_row(
-            label(one.name),
-            "" if one.eager_ratio is None else f"[bold]{one.eager_ratio:.2f}[/bold]",
-            times,
-            f"{one.peak_memory / 1e6:.1f}",
-            f"{found.task.flops() / p50 / 1e9:.1f}",
-            "" if one.accuracy is None else f"{one.accuracy.error:.1e} / {one.accuracy.allowed:.1e}",
-        )
-    phases = Table(title="[bold]Phases[/bold]", title_justify="left", box=SIMPLE, pad_edge=False)
-    for heading in ("phase", "contender"):
-        phases.add_column(heading, no_wrap=True)
-    for heading in headings(found):
-        phases.add_column(heading, justify="right", no_wrap=True)
-    for phase, lines in phase_lines(found):
-        for place, (name, numbers) in enumerate(lines):
-            last = place == len(lines) - 1
-            phases.add_row("" if place else phase, label(name), *numbers, end_section=last)
-    operators = Table(title="[bold]Operators, ms[/bold]", title_justify="left", box=SIMPLE, pad_edge=False)
-    operators.add_column("phase", no_wrap=True)
-    for one in found.contenders:
-        operators.add_column(label(one.name))
-    for phase, by_name in top_operators(found).items():
-        cells = [
-            "\n".join(
-                f"{operator_name(operator)} {milliseconds(share.seconds)}" for operator, share in by_name[one.name]
+            recording.trace.export_chrome_trace(str(trace / f"{name}.json"))
+        profiles.append(
+            ImplementationProfile(
+                name,
+                recording.phases,
+                recording.operators,
+                recording.kernels,
+                recording.memory,
+                recording.total,
+                peak_memory=peak_memory(calls[name], task.device),
+                traffic=None if name == COMPILED else _traffic(calls[name]),
+                seconds=samples[name],
+                eager_ratio=times_faster(samples[EAGER], samples[name]).times if EAGER in samples else None,
+                accuracy=accuracy.get(name),
             )
-            for one in found.contenders
-        ]
-        operators.add_row(phase, *cells, end_section=True)
-    clock = "the GPU's" if is_cuda(found.task.device) else "the operators' own, on the CPU"
-    parts: list[Table | str] = [totals, phases]
-    parts.append("\n".join(f"{phase}: {PHASES[phase]}" for phase, _ in phase_lines(found)))
-    parts.append(operators)
-    parts.append(
-        f"Faster: {MEANING}. Times in the phases are {clock}, in one profiled call; the first table's are of calls "
-        "without the profiler, interleaved. MB: allocated in the phase, whether or not given back there."
-    )
-    if is_cuda(found.task.device):
-        kernels = Table(title="[bold]GPU kernels[/bold]", title_justify="left", box=SIMPLE, pad_edge=False)
-        for heading in ("kernel", "contender", "launches", "ms"):
-            kernels.add_column(heading)
-        for one in found.contenders:
-            for kernel, share in sorted(one.kernels.items(), key=lambda item: -item[1].seconds):
-                kernels.add_row(kernel, label(one.name), str(share.launches), milliseconds(share.seconds))
-        parts.append(kernels)
-    parts += [f"not profiled: {label(name)}: {reason}" for name, reason in found.left_out.items()]
-    return parts
+        )
+    return Profile(task, profiles, arithmetic_peak(task.device, task.dtype), memory_peak(task.device), where)

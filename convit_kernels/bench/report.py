@@ -1,35 +1,33 @@
-"""Results of the benchmarks as tables and figures, and what changed since older ones."""
+"""Results of the benchmarks as tables, and what changed since older ones."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
-from typing import Any
 
 from rich.box import SIMPLE
 from rich.table import Table
 
 from .compare import MEANING, MUST_SHOW, Change, footnote, speed_ups
-from .contenders import label, place
+from .implementations import label, place
 from .machine import describe
 from .measure import milliseconds
-from .results import NotMeasured, Results, Row, by_group
+from .results import Results, by_group
 
 
-def tables(rows: Sequence[Row], not_measured: Sequence[NotMeasured] = ()) -> list[Table | str]:
-    """One table a task, contenders by name, the ratio first; then what the columns mean and what is missing."""
+def tables(results: Results) -> list[Table | str]:
+    """One table a task, implementations by name, the ratio first; then what the columns mean and what is missing."""
     parts: list[Table | str] = []
-    found = speed_ups(rows)
-    for group, members in by_group(rows).items():
+    ratios = speed_ups(results.rows)
+    for group, members in by_group(results.rows).items():
         table = Table(title=f"[bold]{group}[/bold]", title_justify="left", box=SIMPLE, pad_edge=False)
-        table.add_column("contender", no_wrap=True, min_width=20)
+        table.add_column("implementation", no_wrap=True, min_width=20)
         for heading in ("faster", "ms (p20-p80)", "error / allowed", "peak MB", "GFLOP/s", "of peak"):
             table.add_column(heading, justify="right", no_wrap=True)
-        for row in sorted(members, key=lambda row: place(row.contender)):
+        for row in sorted(members, key=lambda row: place(row.implementation)):
             p20, p50, p80 = map(milliseconds, row.time)
             table.add_row(
-                label(row.contender),
-                f"[bold]{ratio}[/bold]" if (ratio := found.get(row.key)) else "",
+                label(row.implementation),
+                f"[bold]{ratio}[/bold]" if (ratio := ratios.get(row.key)) else "",
                 f"{p50} ({p20}-{p80})",
                 "" if row.error is None else f"{row.error:.1e} / {row.allowed_error:.1e}",
                 f"{row.peak_memory / 1e6:.1f}",
@@ -43,15 +41,15 @@ def tables(rows: Sequence[Row], not_measured: Sequence[NotMeasured] = ()) -> lis
         "eager. peak MB: of torch's allocator in one call. of peak: of the rate of a large matrix product or of a "
         "large copy, whichever is nearer, measured in the same session."
     )
-    if note := footnote(found.values()):
+    if note := footnote(ratios.values()):
         parts.append(note)
-    if rows:
-        parts.append(describe(rows[0].machine))
+    parts.append(describe(results.machine, results.loads))
     # the same reason for many groups is one line
-    for reason, entries in groupby(sorted(not_measured, key=lambda entry: entry.reason), lambda entry: entry.reason):
-        missing = list(entries)
-        names = ", ".join(sorted({label(entry.contender) for entry in missing}))
-        parts.append(f"not measured: {names} ({len(missing)} rows): {reason}")
+    by_reason = sorted(results.not_measured, key=lambda entry: entry.reason)
+    for reason, same in groupby(by_reason, lambda entry: entry.reason):
+        entries = list(same)
+        names = ", ".join(sorted({label(entry.implementation) for entry in entries}))
+        parts.append(f"not measured: {names} ({len(entries)} rows): {reason}")
     return parts
 
 
@@ -62,7 +60,7 @@ def comparison(new: Results, old: Results, changes: Sequence[Change]) -> list[Ta
         ("", "left"),
         ("time", "right"),
         ("noise", "right"),
-        ("contender", "left"),
+        ("implementation", "left"),
         ("task", "left"),
     ):
         table.add_column(heading, justify=justify, no_wrap=heading != "task")  # type: ignore[arg-type]
@@ -73,7 +71,7 @@ def comparison(new: Results, old: Results, changes: Sequence[Change]) -> list[Ta
                 f"[{colour}]{change.verdict}[/{colour}]",
                 f"{change.change:.2f}x",
                 f"{change.noise:.2f}x",
-                label(change.contender),
+                label(change.implementation),
                 change.task,
             )
     counts = Counter(change.verdict for change in changes)
@@ -85,35 +83,4 @@ def comparison(new: Results, old: Results, changes: Sequence[Change]) -> list[Ta
     )
     here, there = describe(new.machine), describe(old.machine)
     machines = f"new: {here}\nold: {there}"
-    return [table if table.row_count else "No contender became slower or faster.", summary, machines]
-
-
-FIGURES = ("speed-up", "growth-tokens", "growth-batch")
-
-
-def write_figures(
-    results: Results, directory: Path, formats: Sequence[str] = ("svg", "png"), names: Sequence[str] = FIGURES
-) -> list[Path]:
-    """Writes each of these figures that the results have data for; returns the files.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
-    from . import plots
-
-    directory.mkdir(parents=True, exist_ok=True)
-    draw: dict[str, Callable[[], Any]] = {
-        "speed-up": lambda: plots.speed_up(results.rows, describe(results.machine)),
-        "growth-tokens": lambda: plots.growth(results.rows, results.not_measured, "tokens"),
-        "growth-batch": lambda: plots.growth(results.rows, results.not_measured, "batch"),
-    }
-    written = []
-    for name in names:
-        figure = draw[name]()
-        if figure is None:
-            continue
-        for suffix in formats:
-            path = directory / f"{name}.{suffix}"
-            plots.save(figure, path)
-            written.append(path)
-    return written
+    return [table if table.row_count else "No implementation became slower or faster.", summary, machines]

@@ -1,7 +1,7 @@
 """A file of the benchmarks' results, and its rows."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,18 +11,17 @@ from .measure import Spread, spread
 
 @dataclass(frozen=True)
 class Row:
-    """What one contender did with one task. Times in seconds, memory in bytes."""
+    """What one implementation did with one task. Times in seconds, memory in bytes."""
 
     group: str
-    contender: str
+    implementation: str
     seconds: list[float]
     eager_seconds: list[float]  # of eager timm, each just before one of ours; empty where it ran out of memory
     error: float | None  # largest against float64, by its result's largest value; None: computes something else
     eager_error: float | None
     allowed_error: float | None
-    peak_memory: int
-    peak_memory_is: str
-    peak_resident: int | None
+    peak_memory: int  # the most that torch's allocator holds in one call, beyond what it held before
+    peak_resident: int | None  # by which the process grows in one call; None where the system does not tell
     gflops: float
     share_of_peak: float
     bound: str
@@ -34,7 +33,7 @@ class Row:
     backward: bool
     dtype: str
     device: str
-    machine: dict[str, Any]
+    load_1_minute: float | None  # of the machine, when the row was done; None where the system does not tell
 
     @property
     def time(self) -> Spread:
@@ -42,8 +41,8 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str]:
-        """Group and contender: which row of a run it is."""
-        return self.group, self.contender
+        """Group and implementation: which row of a run it is."""
+        return self.group, self.implementation
 
     def to_json(self) -> dict[str, Any]:
         """All fields, after the figures that readers look for first; `ratio_to_eager` is set at a run's end."""
@@ -51,16 +50,25 @@ class Row:
         return figures | asdict(self)
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Row":
+    def from_json(cls, values: Mapping[str, Any]) -> "Row":
+        """What `to_json` gave, of any version. KeyError: a field is missing."""
+        values = _renamed(values)
+        if "machine" in values:  # earlier files repeat the machine in each row
+            values["load_1_minute"] = values["machine"]["load_1_minute"]
         return cls(**{field.name: values[field.name] for field in fields(cls)})
 
 
 class NotMeasured(NamedTuple):
-    """A contender that a group lacks, and why."""
+    """An implementation that a group lacks, and why."""
 
     group: str
-    contender: str
+    implementation: str
     reason: str
+
+
+def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of a file with the present names: earlier files call an implementation "contender"."""
+    return {"implementation" if key == "contender" else key: value for key, value in values.items()}
 
 
 class Results(NamedTuple):
@@ -70,6 +78,11 @@ class Results(NamedTuple):
     not_measured: list[NotMeasured]
     machine: dict[str, Any]
     date: str
+
+    @property
+    def loads(self) -> list[float]:
+        """The machine's load at each row, where it is known."""
+        return [row.load_1_minute for row in self.rows if row.load_1_minute is not None]
 
 
 def load(path: Path) -> Results:
@@ -81,9 +94,9 @@ def load(path: Path) -> Results:
     try:
         content = json.loads(path.read_text())
         rows = [Row.from_json(entry["extra_info"]) for entry in content["benchmarks"]]
-        not_measured = [NotMeasured(**entry) for entry in content["not_measured"]]
+        not_measured = [NotMeasured(**_renamed(entry)) for entry in content["not_measured"]]
         return Results(rows, not_measured, content["machine_info"]["convit_kernels"], content["datetime"][:10])
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no results of `pytest benchmarks --benchmark-json`: {error!r}") from error
 
 

@@ -6,6 +6,7 @@ import functools
 import torch
 from torch import Tensor
 
+from .._ops import ops
 from .backward import backward
 from .common import padded
 from .forward import forward
@@ -31,8 +32,9 @@ def is_dense(q: Tensor) -> bool:
 def position_tables(
     q: Tensor, pos_weight: Tensor, height: int, width: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The dense table, or both factors; the others are None."""
-    ops = torch.ops.convit_kernels
+    """What the kernels read of the position: the dense table (H, N, padded(N)) in q's dtype, or both factors,
+    (H, height, height) and (H, width, width) in float32. What is not used is None.
+    """
     if is_dense(q):
         return ops.dense_position_table(pos_weight, height, width, q.dtype), None, None
     return None, *ops.relative_position_tables(pos_weight, height, width)
@@ -59,6 +61,19 @@ def gated_attention(
     philox: Tensor | None,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward pass, registered for the CUDA key.
+
+    Args:
+        q, k, v: (B, H, N, D) in float16, bfloat16 or float32, any strides; N = height * width.
+        pos_weight: (H, 3) float32, the weights of (dx, dy, dx^2 + dy^2).
+        gate: (H,) float32, before the sigmoid.
+        philox: (2,) int64 on the device, seed and offset of the dropout; None where dropout_p is 0.
+        need_grad: whether the second and third result are wanted.
+
+    Returns:
+        out (B, H, N, D) in q's dtype, a view of a contiguous (B, N, H, D) tensor, and what the backward needs: lse
+        (B, H, N) in float32 and the content's own part C V, like out. Both are empty without need_grad.
+    """
     nothing = q.new_empty(0)
     if q.numel() == 0:
         out = torch.empty_like(q)
@@ -100,11 +115,24 @@ def gated_attention_backward(
     dropout_p: float,
     philox: Tensor | None,
 ) -> tuple[Tensor, ...]:
+    """The backward pass, registered for the CUDA key.
+
+    Args:
+        d_out: (B, H, N, D), the gradient of out, any strides.
+        content, lse: the third and the second result of `gated_attention` with need_grad=True.
+        q, k, v, pos_weight, gate, height, width, scale, dropout_p, philox: as `gated_attention` had them.
+
+    Returns:
+        dq, dk, dv (B, H, N, D) in q's dtype, d_pos_weight (H, 3) and d_gate (H,) in float32.
+
+    Raises:
+        RuntimeError: `gated_attention` was called with need_grad=False.
+    """
     if q.numel() == 0:
         empty = [torch.empty_like(q) for _ in range(3)]
         return *empty, torch.zeros_like(pos_weight), torch.zeros_like(gate)
     if lse.numel() == 0:
-        raise RuntimeError("the forward pass was told that no gradient is needed: call it with need_grad=True")
+        raise RuntimeError("gated_attention was called with need_grad=False, so lse is empty: pass need_grad=True")
     d_out, q, k, v = (_unit_stride(tensor) for tensor in (d_out, q, k, v))
     with _on(q):
         table, row_table, col_table = position_tables(q, pos_weight, height, width)

@@ -10,17 +10,21 @@ With ``A = (1 - g) C + g P``, ``dA = dO V^T`` (under the dropout mask where ther
 
 Four kernels, none with atomics, so the same bits in every run:
 
-``backward_q_kernel``, a program for each block of queries, finds dQ. dc_i = dO_i . (C V)_i, as in flash attention; O
-also holds the position's part, therefore the forward pass keeps C V as well. In half precision C V is rounded, which
-would show in d gate, a sum over all rows: what dc lacks is ``sum_j dS_ij``, added for the kernels that follow.
+``backward_q_kernel``, a program for each block of queries, computes dQ. dc_i = dO_i . (C V)_i, as in flash attention; O
+also holds the position's part, therefore the forward pass keeps C V as well. In half precision C V is rounded, and the
+error of dc would show in d gate, a sum over all rows. That error is ``sum_j C_ij (dA_ij - dc_i)``, which is 0 for the
+exact dc: the kernel adds it to dc for the kernels that follow.
 
-``backward_kv_kernel``, a program for each block of keys, finds dK and dV. P^T dO is a matrix product of its own on the
-table's tile, straight from where it was loaded: it costs fewer instructions than to unpack the tile and mix it into C
-entry by entry. Only float32 does the latter: there is nothing to unpack, and products are dear.
+``backward_kv_kernel``, a program for each block of keys, computes dK and dV. In half precision P^T dO is a matrix
+product of its own on the table's tile as it was loaded: that takes fewer instructions than to convert the tile to
+float32 and mix it into C entry by entry. In float32 nothing has to be converted and a product takes more instructions,
+so there the tile is mixed into C.
+
 ``backward_position_kernel``, a program for each block of queries and group of images, sums dA over its images, which
 for a head is one long matrix product, and reduces P o dA to the few numbers that the gate and the positional weights
 need, once for all its images.
-``backward_reduce_kernel`` adds up what those programs have left.
+
+``backward_reduce_kernel`` adds up the numbers of those programs.
 """
 
 from __future__ import annotations
@@ -449,8 +453,8 @@ def backward_position_kernel(
         dx = column_x[None, :] - row_x[:, None]
         dy = column_y[None, :] - row_y[:, None]
         dr = dx * dx + (dy * dy - er[:, None])
-        # Once for all the images P is cheap to make anew, in float32, where the table is rounded; its normaliser waits
-        # for the end.
+        # P is computed once for all the images, in float32, since the table is rounded; its normaliser is applied at
+        # the end.
         p = tl.exp2(wx * dx + (wy * dy + (wr * dr - top[:, None])))
         t = tl.where(columns[None, :] < num_tokens, p, 0.0) * (da - dc[:, None])
         t0 += tl.sum(t, 1)

@@ -10,6 +10,40 @@ Conventions of every kernel here:
   with a head_dim is therefore a pair ``x0, x1`` in the kernels; where ``HEAD1 == 0`` the second is an unused stand-in
   that the compiler removes.
 * Offsets along the batch, the heads and the rows are 64 bits wide.
+
+Arguments have the same names in all of them. B images, H heads, N = height * width tokens, D channels a head:
+
+    q_ptr, k_ptr, v_ptr, do_ptr          (B, H, N, D) in the compute dtype; do is the gradient of out
+    out_ptr, content_ptr                 (B, H, N, D), the result and the content's own part C V
+    dq_ptr, dk_ptr, dv_ptr               (B, H, N, D), the gradients
+    stride_qb, stride_qh, stride_qn      of q: elements from one image, head, token to the next; the last stride is 1.
+                                         So with k, v, o (out, content), do, c (content in the backward), dq, dk, dv
+    gate_ptr, pos_weight_ptr             (H,) before the sigmoid, and (H, 3); float32
+    table_ptr, stride_table              (H, N, padded(N)) P in the compute dtype, and padded(N); where DENSE
+    row_table_ptr, col_table_ptr         (H, height, height), (H, width, width) the factors in float32; where not DENSE
+    lse_ptr                              (B, H, N) float32, the content's log-sum-exp
+    row_lse_ptr, row_dc_ptr,             (H, B, num_rows) float32, from `backward_q_kernel` for the kernels after it;
+    row_factor_ptr                       num_rows is N rounded up to whole blocks of queries
+    philox_ptr                           (2,) int64, seed and offset of the dropout; where DROPOUT
+    partial_ptr                          (H, 4, programs x BLOCK_M) float32, sums that `backward_reduce_kernel` adds up
+    scale, logit_scale                   of the content logits; times log2(e)
+    dropout_p                            probability that an entry of the mixed map is dropped
+    batch_size, num_heads, num_tokens    B, H, N
+
+    HEAD_DIM, HEAD0, HEAD1               D and its two column blocks
+    BLOCK_M, BLOCK_N                     queries and keys of a tile
+    PRECISION                            "tf32" or "ieee", for float32 products
+    SATURATION                           share of the mix below which a branch is skipped, see `saturation`
+    CONTENT, POSITION                    which branches a function computes
+    DENSE, DROPOUT                       which arguments are read, see above
+    TAIL                                 keys of the ragged tile, 0 where there is none, see `tail`
+    RAGGED, LAST                         whether there is a ragged tile; whether this tile is it
+    EXACT                                the compute dtype is float32
+    NEED_GRAD, NEGATIVE_SCALE            whether content and lse are stored; whether scale < 0
+
+What device functions take and return, in float32: ``m`` and ``total`` (BLOCK_M,), the running maximum and sum of the
+softmax; ``c0, c1`` and ``p0, p1`` (BLOCK_M, D), the accumulators of content and position; ``content`` and ``position``,
+the shares 1 - g and g of a head.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table of launch configurations, written by ``python -m convit_kernels.triton.choose --write``; see `configs`.
+"""The table of launch configurations, written by ``python -m tools.machine_code.choose --write``; see `configs`.
 
 Family/pass/regime/bytes of an element -> for each of `configs.HEAD_DIM_BUCKETS` rows x columns x warps x stages.
 """

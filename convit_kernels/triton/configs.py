@@ -1,7 +1,7 @@
 """Launch configurations of the Triton kernels: a table, never an autotuner, so the first call does not stall.
 
-The table was chosen by compiling candidates for each family and reading their machine code (see `choose` and
-`machine_code`): no spill, shared memory within the device's limit, then the fewest issued instructions and the least
+The table was chosen by compiling candidates for each family and reading their machine code (tools/machine_code in the
+source tree): no spill, shared memory within the device's limit, then the fewest issued instructions and the least
 traffic between L2 and the cores. Nothing in it was timed. `store_tuned` keeps what was measured on a GPU in the user's
 cache, which `lookup` prefers to the table.
 
@@ -149,8 +149,7 @@ def lookup(
     return Config(*map(int, row.split()[bucket].split("x")))
 
 
-# ---- the user's cache of measured configurations
-# ----------------------------------------------------------------------
+# ---- the user's cache of measured configurations ---------------------------------------------------------------------
 
 
 def cache_file() -> Path:
@@ -166,13 +165,19 @@ def entry_key(pass_name: str, *, dtype: torch.dtype, head_dim: int, regime: Regi
     return f"{pass_name}/{regime}/{str(dtype).removeprefix('torch.')}/{head_dim}/{1 << (num_tokens - 1).bit_length()}"
 
 
+class _WithoutDocstrings(ast.NodeTransformer):
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        return None if isinstance(node.value, ast.Constant) else node
+
+
 @functools.lru_cache
 def source_hash() -> str:
-    """A hash of the kernels' code, comments aside; what was measured with other code is out of date."""
+    """A hash of the kernels' code without comments and docstrings; what was measured with other code is out of date."""
     folder = Path(__file__).parent
     digest = hashlib.sha256()
     for name in KERNEL_SOURCES:
-        digest.update(ast.dump(ast.parse((folder / name).read_text())).encode())
+        code = _WithoutDocstrings().visit(ast.parse((folder / name).read_text()))
+        digest.update(ast.unparse(code).encode())  # ast.dump would differ between versions of Python
     return digest.hexdigest()[:16]
 
 

@@ -105,8 +105,7 @@ def forward_keys(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     CONTENT: tl.constexpr, POSITION: tl.constexpr, DENSE: tl.constexpr, DROPOUT: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Walk over the keys. What whole tiles leave over is a tile of its own: only it pays for masks, and it may be
-    smaller.
+    """Walk over the keys. What whole tiles leave over is a tile of its own: only it needs masks, and it may be smaller.
 
     Returns the running maximum (base 2), the sum, and the accumulators of content (to be divided by the sum) and
     position.

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import configs
 from .attention import position_tables
 from .backward import backward
-from .candidates import ladder
+from .candidates import candidates
 from .configs import Config
 from .forward import forward
 
@@ -55,11 +55,6 @@ def on_gpu(run: Run) -> float:
     """Seconds of a run, the median of many, each with a cold L2 cache."""
     milliseconds: float = triton.testing.do_bench(run, quantiles=[0.5])
     return milliseconds / 1e3
-
-
-def candidates(pass_name: str, itemsize: int, head_dim: int) -> list[Config]:
-    """Every configuration that is measured for a kernel, for a head_dim and a dtype of ``itemsize`` bytes."""
-    return [config for num_stages in STAGES for config in ladder(pass_name, itemsize, head_dim, num_stages)]
 
 
 def tune(shape: Shape, device: torch.device, timed: Callable[[Run], float] = on_gpu) -> Iterator[Finding]:
@@ -106,7 +101,7 @@ def tune(shape: Shape, device: torch.device, timed: Callable[[Run], float] = on_
     for pass_name in configs.PASSES:
         before = chosen[pass_name]
         seconds: dict[Config, float] = {}
-        for config in dict.fromkeys([before, *candidates(pass_name, dtype.itemsize, head_dim)]):
+        for config in dict.fromkeys([before, *candidates(pass_name, dtype.itemsize, head_dim, STAGES)]):
             with contextlib.suppress(triton.runtime.errors.OutOfResources):
                 seconds[config] = timed(functools.partial(run, pass_name, config))
         if not seconds:

@@ -75,8 +75,6 @@ def load_kernels(folder: Path, name: str) -> types.SimpleNamespace:
     package.__path__ = [str(folder)]
     sys.modules[name] = package
     modules = {
-        path.stem: None
-        for path in sorted(folder.glob("*.py"))
-        if path.stem in ("common", "forward", "backward", "content", "content_backward")
+        path.stem: None for path in sorted(folder.glob("*.py")) if path.stem in ("common", "forward", "backward")
     }
     return types.SimpleNamespace(**{stem: importlib.import_module(f"{name}.{stem}") for stem in modules})

@@ -18,6 +18,7 @@ from mutants_backward import BACKWARD
 from torch import Tensor
 
 from convit_kernels.equivalence import Expected, expected_attention
+from tools.machine_code.baseline import content_backward
 
 FOLDER = Path(__file__).resolve().parents[2] / "convit_kernels" / "triton"
 kernels = interpreter.load_kernels(FOLDER, "interpreted_backward")
@@ -273,13 +274,13 @@ def test_another_order_of_the_images_gives_the_same_bits() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_yardstick_is_right(dtype: torch.dtype) -> None:
+def test_the_baseline_is_right(dtype: torch.dtype) -> None:
     """Content-only attention, whose instructions the fused kernels are compared with, must be a true flash
     attention."""
     problem = Problem((5, 7), 48, dtype, gates=[-200.0, -200.0])
     out, lse = problem.saved()  # the gates are closed
     config = Config(32, 16, 4, 1)
-    fused = kernels.content_backward.content_backward(
+    fused = content_backward(
         problem.d_out,
         problem.q,
         problem.k,

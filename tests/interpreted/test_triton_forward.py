@@ -17,8 +17,9 @@ from mutants import FORWARD
 from torch import Tensor
 
 from convit_kernels.equivalence import Expected, eager_attention, expected, expected_attention, relative_indices
-from convit_kernels.triton import common, content, forward
+from convit_kernels.triton import common, forward
 from convit_kernels.triton.configs import Config
+from tools.machine_code.baseline import content_forward
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SEED, OFFSET = 0x123456789ABCDEF, 77
@@ -206,10 +207,10 @@ def test_equals_dense(case: Case) -> None:
     check(forward.forward, case)
 
 
-def test_content_twin() -> None:
+def test_the_baseline_is_right() -> None:
     case = Case((3, 7), FP32, 48, block=(16, 16))
     q, k, v, pos_weight, gate = inputs(case)
-    out, lse = content.content_forward(q, k, v, 0.2, Config(16, 16, 4, 2), need_lse=True)
+    out, lse = content_forward(q, k, v, 0.2, Config(16, 16, 4, 2), need_lse=True)
     closed = torch.full_like(gate, -1e4)
     assert_as_exact([out], expected_attention(q, k, v, pos_weight, closed, None, case.grid, scale=0.2))
     assert_as_exact({"lse": lse}, log_sum_exp(q, k, 0.2))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..attention import backends, check_backend, gpsa_attention
 from ..equivalence import eager_attention
 from ..gpsa import GPSA
+from ..models import SIZES
 from ..replace import replace_gpsa
 
 
@@ -24,24 +25,27 @@ class Architecture(NamedTuple):
     heads: int
 
 
+TITLES = {
+    "convit_tiny": "ConViT-Ti",
+    "convit_tiny_plus": "ConViT-Ti+",
+    "convit_small": "ConViT-S",
+    "convit_small_plus": "ConViT-S+",
+    "convit_base": "ConViT-B",
+    "convit_base_plus": "ConViT-B+",
+}
 ARCHITECTURES = {
-    "convit_tiny": Architecture("ConViT-Ti", 192, 4),
-    "convit_tiny_plus": Architecture("ConViT-Ti+", 256, 4),
-    "convit_small": Architecture("ConViT-S", 432, 9),
-    "convit_small_plus": Architecture("ConViT-S+", 576, 9),
-    "convit_base": Architecture("ConViT-B", 768, 16),
-    "convit_base_plus": Architecture("ConViT-B+", 1024, 16),
+    name: Architecture(title, SIZES[name]["embed_dim"], SIZES[name]["num_heads"]) for name, title in TITLES.items()
 }
 DEPTH, GPSA_BLOCKS, PATCH, CLASSES = 12, 10, 16, 1000
 PARTS = {"attention": "attention", "layer": "GPSA layer", "model": "whole model"}
 MODES = {False: "forward", True: "forward + backward"}  # by Task.backward
 
-EAGER, COMPILED, FLOOR = "eager", "compile", "sdpa"
-LABELS = {EAGER: "timm, eager", COMPILED: "timm, torch.compile", FLOOR: "SDPA, content only", "auto": "ours, automatic"}
+EAGER, COMPILED, SDPA = "eager", "compile", "sdpa"  # what is not ours
+LABELS = {EAGER: "timm, eager", COMPILED: "timm, torch.compile", SDPA: "SDPA, content only", "auto": "ours, automatic"}
 
 
 class CannotRunError(Exception):
-    """A contender has no part in a task; the text says why."""
+    """An implementation cannot do a task here; the text says why."""
 
 
 class Task(NamedTuple):
@@ -66,7 +70,7 @@ class Task(NamedTuple):
         return f"{PARTS[self.part]}, {title}, {mode}, batch {self.batch}, {grid}, {str(self.dtype)[6:]}, {self.device}"
 
     def flops(self) -> float:
-        """The arithmetic that any contender must do: matrix products only, multiply and add as two.
+        """The arithmetic that any implementation must do: matrix products only, multiply and add as two.
 
         Softmax and the O(N^1.5) of position are left out, and so is what a backward recomputes; it counts twice the
         forward.
@@ -100,7 +104,7 @@ class Task(NamedTuple):
         return float(values * self.dtype.itemsize)
 
 
-class Contender(NamedTuple):
+class Implementation(NamedTuple):
     """One way to do a task.
 
     `forward` gives the output; `leaves` are what its gradients are taken of, `d_out` the gradient that comes in.
@@ -151,52 +155,64 @@ def convit(model: str, image_size: int = 224) -> nn.Module:
     return network.eval()
 
 
-def contender_names(task: Task) -> list[str]:
-    """The contenders of a task, eager first, our available backends last."""
+def implementation_names(task: Task) -> list[str]:
+    """The implementations of a task, eager first, our available backends last."""
     ours = [backend.name for backend in backends() if backend.available]
-    floor = [FLOOR] if task.part == "attention" else []
-    return [EAGER, COMPILED, *floor, *ours]
+    return [EAGER, COMPILED, *([SDPA] if task.part == "attention" else []), *ours]
+
+
+def is_ours(name: str) -> bool:
+    return name not in (EAGER, COMPILED, SDPA)
 
 
 def label(name: str) -> str:
-    """A contender's name for a reader."""
+    """An implementation's name for a reader."""
     return LABELS.get(name, f"ours: {name}")
 
 
 def place(name: str) -> int:
-    """Where a contender stands in tables and figures: eager first, what has no fixed place after the rest."""
-    order = [EAGER, COMPILED, FLOOR, "auto", *(backend.name for backend in backends())]
+    """Where an implementation stands in tables and figures: eager first, what has no fixed place after the rest."""
+    order = [EAGER, COMPILED, SDPA, "auto", *(backend.name for backend in backends())]
     return order.index(name) if name in order else len(order)
 
 
-def _check_device(task: Task, name: str) -> None:
-    """Raises CannotRunError for a backend that would leave the task to another one."""
-    if name == "triton" and not task.device.startswith("cuda"):
-        raise CannotRunError("the Triton kernels run on GPUs")
-    if name == "cpu" and task.device.startswith("cuda"):
-        raise CannotRunError("the C++ kernels run on CPUs")
-
-
-def build(task: Task, name: str, exact: bool = False) -> Contender:
-    """A contender, on the same seeded inputs and weights as every other; `exact`: those values, computed in float64.
-
-    Compiled contenders compile at their first call.
+def why_not(task: Task, name: str) -> str:
+    """Why an implementation cannot do a task here; "" when it can. Builds nothing of the task.
 
     Raises:
-        CannotRunError: this contender cannot do this task here; the text says why.
-        ValueError: there is no such contender.
+        ValueError: there is no such implementation.
     """
-    backend = None if name == "auto" else name
-    if name not in (EAGER, COMPILED, FLOOR):
-        try:
-            check_backend(backend)
-        except RuntimeError as error:
-            raise CannotRunError(str(error)) from error
-        _check_device(task, name)
-    if name == COMPILED and (reason := _why_not_compiled(task.device)):
+    on_gpu = task.device.startswith("cuda")
+    if name == EAGER:
+        return ""
+    if name == COMPILED:
+        return _why_not_compiled(task.device)
+    if name == SDPA:
+        return "" if task.part == "attention" else "SDPA alone is a part of a layer, without position"
+    try:
+        check_backend(None if name == "auto" else name)
+    except RuntimeError as error:
+        return str(error)
+    # a layer would leave the task to another backend
+    if name == "triton" and not on_gpu:
+        return "the Triton kernels run on GPUs"
+    if name == "cpu" and on_gpu:
+        return "the C++ kernels run on CPUs"
+    return ""
+
+
+def build(task: Task, name: str, exact: bool = False) -> Implementation:
+    """An implementation, on the same seeded inputs and weights as every other; `exact`: those values in float64.
+
+    Compiled implementations compile at their first call.
+
+    Raises:
+        CannotRunError: this implementation cannot do this task here; the text says why.
+        ValueError: there is no such implementation.
+    """
+    if reason := why_not(task, name):
         raise CannotRunError(reason)
-    if name == FLOOR and task.part != "attention":
-        raise CannotRunError("SDPA alone is a part of a layer, without position")
+    backend = None if name == "auto" else name
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(0)
     try:
@@ -212,7 +228,7 @@ def _rounded(tensor: Tensor, task: Task, exact: bool) -> Tensor:
     return rounded.double() if exact else rounded
 
 
-def _attention(task: Task, name: str, backend: str | None, exact: bool) -> Contender:
+def _attention(task: Task, name: str, backend: str | None, exact: bool) -> Implementation:
     _, dim, heads = ARCHITECTURES[task.model]
     layer = ReferenceGPSA(dim, heads)
     layer.local_init()
@@ -236,17 +252,17 @@ def _attention(task: Task, name: str, backend: str | None, exact: bool) -> Conte
     if name in (EAGER, COMPILED):
         rel_indices = _rounded(layer.get_rel_indices(task.tokens), task, exact)
         function = _compiled(eager_attention) if name == COMPILED else eager_attention
-        return Contender(lambda: function(q, k, v, pos_weight, gate, rel_indices, scale), leaves, d_out)
-    if name == FLOOR:
-        return Contender(lambda: F.scaled_dot_product_attention(q, k, v, scale=scale), leaves, d_out)
+        return Implementation(lambda: function(q, k, v, pos_weight, gate, rel_indices, scale), leaves, d_out)
+    if name == SDPA:
+        return Implementation(lambda: F.scaled_dot_product_attention(q, k, v, scale=scale), leaves, d_out)
 
     def ours() -> Tensor:
         return gpsa_attention(q, k, v, pos_weight, gate, grid_size=task.side, scale=scale, backend=backend)
 
-    return Contender(ours, leaves, d_out)
+    return Implementation(ours, leaves, d_out)
 
 
-def _module(task: Task, name: str, backend: str | None, exact: bool) -> Contender:
+def _module(task: Task, name: str, backend: str | None, exact: bool) -> Implementation:
     _, dim, heads = ARCHITECTURES[task.model]
     module: Any
     if task.part == "layer":
@@ -265,9 +281,8 @@ def _module(task: Task, name: str, backend: str | None, exact: bool) -> Contende
         leaves["x"] = x.requires_grad_(task.backward)
 
     for child in module.modules():
-        if isinstance(
-            child, ReferenceGPSA
-        ):  # made at a first call otherwise, for which the compiler would compile twice
+        if isinstance(child, ReferenceGPSA):
+            # otherwise its first call makes them, and the compiler compiles twice
             child.rel_indices = child.get_rel_indices(task.tokens)
     if name == COMPILED:
         # The parts that repeat are compiled, not the model around them: once for all blocks of a kind.
@@ -277,7 +292,7 @@ def _module(task: Task, name: str, backend: str | None, exact: bool) -> Contende
         replace_gpsa(module, backend=backend)  # the parameters stay the same objects
     elif name != EAGER:
         module = GPSA.from_module(module, backend=backend)
-    return Contender(lambda: module(x), leaves, d_out, module)
+    return Implementation(lambda: module(x), leaves, d_out, module)
 
 
 @lru_cache

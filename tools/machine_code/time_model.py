@@ -22,8 +22,7 @@ Specifications
     Special functions 16 lanes, fp32 64 (A100) and 128 (H100) lanes an SM and clock: CUDA C++ programming guide,
     "Throughput of native arithmetic instructions". Four schedulers an SM, an instruction each a clock: the whitepapers.
 
-Command line: ``python -m convit_kernels.triton.time_model [--dtype bfloat16]`` prints a Markdown table for the paper's
-size.
+    python -m tools.machine_code.time_model [--dtype bfloat16]      a Markdown table for the paper's size
 """
 
 from __future__ import annotations
@@ -132,7 +131,7 @@ def table(cases: Iterable[budget.Case], gpus: Sequence[Gpu] = GPUS) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m convit_kernels.triton.time_model", description=(__doc__ or "").split("\n")[0]
+        prog="python -m tools.machine_code.time_model", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--dtype", choices=tuple(budget.DTYPES), default="bfloat16")
     parser.add_argument("--head-dim", type=int, default=48)

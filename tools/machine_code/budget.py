@@ -6,11 +6,11 @@ has every configuration that `configs` can choose, by architecture, dtype, head_
 fit the device and spill nothing.
 
 What is held is exact for one version of Triton (the file names it) and an upper limit with `SLACK` for another, whose
-compiler allots registers in its own way. What such numbers say and do not say: `machine_code`.
+compiler allots registers in its own way. What such numbers say and do not say: `tools.machine_code`.
 
-    python -m convit_kernels.triton.budget              prints the paper's table
-    python -m convit_kernels.triton.budget --check      ... and compares with the file; exit code 1 where it is exceeded
-    python -m convit_kernels.triton.budget --write      rewrites the file
+    python -m tools.machine_code.budget              prints the paper's table
+    python -m tools.machine_code.budget --check      ... and compares with the file; exit code 1 where it is exceeded
+    python -m tools.machine_code.budget --write      rewrites the file
     --all: the whole matrix too (an hour)      --sample N: every N-th case of it
     --json: the numbers instead of a table          --jobs N: processes
 """
@@ -25,26 +25,29 @@ import json
 import math
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
-from . import configs
-from .backward import backward
-from .common import padded
-from .config_table import TABLE
-from .content import content_forward
-from .content_backward import content_backward
-from .forward import forward
-from .machine_code import DEVICES, Launch, Loop, Report, compile_launch, read, recorded_launches
+from convit_kernels.triton import configs
+from convit_kernels.triton.backward import backward
+from convit_kernels.triton.common import padded
+from convit_kernels.triton.config_table import TABLE
+from convit_kernels.triton.configs import Config
+from convit_kernels.triton.forward import forward
 
-FILE = Path("tests/machine_code_budget.json")
+from .baseline import content_backward, content_forward
+from .compiled import DEVICES, Launch, compile_launch, recorded_launches
+from .counts import Loop
+from .report import Report, read
 
-# The issued instructions may be at most so many times those of content-only attention. These are the project's targets,
-# not what was found: they stay when the file is rewritten.
+FILE = Path(__file__).with_name("budget.json")
+
+# The issued instructions may be at most so many times those of content-only attention. These are targets, not
+# measurements: they stay when the file is rewritten.
 MAX_RATIO = {"forward": 1.20, "backward": 1.30}
 
 # How far another version of Triton than the file's may exceed what the file has.
@@ -62,7 +65,7 @@ GRIDS: dict[configs.Regime, tuple[int, int]] = {"dense": (14, 14), "factored": (
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is compiled: a pass, or its yardstick "content_" + pass, on a device for tensors of a kind."""
+    """What is compiled: a pass, or its baseline "content_" + pass, on a device for tensors of a kind."""
 
     device: str
     pass_name: str
@@ -89,8 +92,23 @@ class Row:
         return (self.report.issued or 0) * self.programs
 
 
-def launches(case: Case) -> list[Launch]:
-    """The launches of a case, recorded from the launcher, with the strides that the linear layers' outputs have."""
+def configurations(case: Case, chosen: Mapping[str, Config] | None = None) -> dict[str, Config]:
+    """The launch configuration of each of `configs.PASSES` for a case: the chosen one, else the table's."""
+    dtype = DTYPES[case.dtype]
+    with configs.target(case.device):
+        table = {
+            name: configs.lookup(name, dtype=dtype, head_dim=case.head_dim, regime=case.regime)
+            for name in configs.PASSES
+        }
+    return table | dict(chosen or {})
+
+
+def launches(case: Case, chosen: Mapping[str, Config] | None = None) -> list[Launch]:
+    """The launches of a case, recorded from the launcher, with the strides that the linear layers' outputs have.
+
+    Args:
+        chosen: launch configurations by name of `configs.PASSES`, where they are not the table's.
+    """
     dtype, (height, width) = DTYPES[case.dtype], GRIDS[case.regime]
     tokens = height * width
     qk = torch.empty(BATCH, tokens, 2, HEADS, case.head_dim, dtype=dtype)
@@ -106,27 +124,27 @@ def launches(case: Case) -> list[Launch]:
         {"table": torch.empty(HEADS, tokens, padded(tokens), dtype=dtype)} if case.regime == "dense" else {}
     )
 
-    def config(pass_name: str) -> configs.Config:
-        return configs.lookup(pass_name, dtype=dtype, head_dim=case.head_dim, regime=case.regime)
-
+    config, config_q, config_kv, config_position = configurations(case, chosen).values()
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if case.dtype == "tf32" else "highest")
     try:
-        with recorded_launches(case.device) as found:
+        with recorded_launches() as recorded:
             if case.pass_name == "forward":
-                forward(q, k, v, gate, (height, width), scale, need_grad=True, **(table or factors))
+                forward(q, k, v, gate, (height, width), scale, need_grad=True, config=config, **(table or factors))
             elif case.pass_name == "backward":
-                backward(d_out, q, k, v, d_out, lse, pos_weight, gate, (height, width), scale, **(table or factors))
+                backward(
+                    d_out, q, k, v, d_out, lse, pos_weight, gate, (height, width), scale,
+                    configs=(config_q, config_kv, config_position), **(table or factors),
+                )  # fmt: skip
             elif case.pass_name == "content_forward":
-                content_forward(q, k, v, scale, config("forward"), need_lse=True)
+                content_forward(q, k, v, scale, config, need_lse=True)
             elif case.pass_name == "content_backward":
-                pair = config("backward_q"), config("backward_kv")
-                content_backward(d_out, q, k, v, d_out, lse, scale, configs=pair)
+                content_backward(d_out, q, k, v, d_out, lse, scale, configs=(config_q, config_kv))
             else:
                 raise ValueError(f"unknown pass {case.pass_name!r}")
     finally:
         torch.set_float32_matmul_precision(precision)
-    return found
+    return recorded
 
 
 def trips(launch: Launch) -> Callable[[Loop], int]:
@@ -144,11 +162,18 @@ def trips(launch: Launch) -> Callable[[Loop], int]:
     return lambda loop: values["num_tokens"] // walked if apart else triton.cdiv(values["num_tokens"], walked)
 
 
-def measure(case: Case, only: str | None = None, *, counted: bool = True) -> list[Row]:
-    """Compiles the kernels of a case, or the one named ``only``, and reads their machine code: also how often each
-    instruction is issued, where ``counted``, which takes longer."""
+def measure(
+    case: Case, only: str | None = None, *, chosen: Mapping[str, Config] | None = None, counted: bool = True
+) -> list[Row]:
+    """Compiles the kernels of a case and reads their machine code.
+
+    Args:
+        only: the name of the one kernel that is wanted.
+        chosen: as for `launches`.
+        counted: whether to count the issued instructions, which takes longer.
+    """
     rows = []
-    for launch in launches(case):
+    for launch in launches(case, chosen):
         if only not in (None, launch.name):
             continue
         values = launch.arguments
@@ -168,7 +193,7 @@ def measure(case: Case, only: str | None = None, *, counted: bool = True) -> lis
 def compared(device: str, pass_name: str) -> dict[str, Any]:
     """One entry of the paper's table: the kernels, and what all of them issue relative to content alone."""
     rows, content = (measure(Case(device, name)) for name in (pass_name, f"content_{pass_name}"))
-    issued, yardstick = (sum(row.warp_instructions for row in found) / (BATCH * HEADS) for found in (rows, content))
+    issued, baseline = (sum(row.warp_instructions for row in launch) / (BATCH * HEADS) for launch in (rows, content))
     counted = DEVICES[device].backend == "cuda"
     return {
         "kernels": [
@@ -188,8 +213,8 @@ def compared(device: str, pass_name: str) -> dict[str, Any]:
             for row in rows
         ],
         "warp_instructions_per_head_and_image": round(issued) if counted else None,
-        "content_only": round(yardstick) if counted else None,
-        "ratio": round(issued / yardstick, 3) if counted else None,
+        "content_only": round(baseline) if counted else None,
+        "ratio": round(issued / baseline, 3) if counted else None,
     }
 
 
@@ -234,22 +259,23 @@ def matrix_cases(devices: Iterable[str] = tuple(DEVICES)) -> list[Case]:
     ]
 
 
-def over_target(found: dict[str, Any]) -> dict[str, float]:
+def over_target(measured: dict[str, Any]) -> dict[str, float]:
     """Device and pass -> ratio of the issued instructions, where it is above `MAX_RATIO`."""
-    ratios = {name: entry["ratio"] for name, entry in found["paper"].items() if entry["ratio"] is not None}
+    ratios = {name: entry["ratio"] for name, entry in measured["paper"].items() if entry["ratio"] is not None}
     return {name: ratio for name, ratio in ratios.items() if ratio > MAX_RATIO[name.split("/")[1]]}
 
 
-def problems(found: dict[str, Any], kept: dict[str, Any]) -> list[str]:
-    """Where ``found`` (as `collect` made it) exceeds the file's content ``kept``; for the targets see `over_target`."""
-    slack = 1.0 if found["triton"] == kept["triton"] else SLACK
+def problems(measured: dict[str, Any], kept: dict[str, Any]) -> list[str]:
+    """Where ``measured``, a result of `collect`, exceeds the file's content ``kept``; for the targets see
+    `over_target`."""
+    slack = 1.0 if measured["triton"] == kept["triton"] else SLACK
     complaints = []
 
     def limit(where: str, what: str, value: float, allowed: float) -> None:
         if value > allowed:
             complaints.append(f"{where}: {what} {value}, at most {allowed:g} allowed")
 
-    for name, entry in found["paper"].items():
+    for name, entry in measured["paper"].items():
         cuda = DEVICES[name.split("/")[0]].backend == "cuda"
         before = kept["paper"].get(name)
         if before is None:
@@ -265,7 +291,7 @@ def problems(found: dict[str, Any], kept: dict[str, Any]) -> list[str]:
             limit(where, "spilled bytes", kernel["spill_bytes"], 0)
             if kernel["occupancy"] < was["occupancy"] / slack:
                 complaints.append(f"{where}: {kernel['occupancy']} warps an SM, {was['occupancy']} before")
-    for name, kernels in found["matrix"].items():
+    for name, kernels in measured["matrix"].items():
         for kernel, (registers, spill_bytes, shared, warps) in kernels.items():
             where = f"{name}/{kernel}"
             was = kept["matrix"].get(name, {}).get(kernel)
@@ -304,23 +330,23 @@ def _shown(results: Iterator[Any], total: int, text: str) -> Iterator[Any]:
 def collect(paper: Sequence[Case], matrix: Sequence[Case], jobs: int = 1) -> dict[str, Any]:
     """Measures both tables; the result is what the file holds."""
     sources = {case.device: source(case.device) for case in (*paper, *matrix)}
-    found: dict[str, Any] = {"triton": triton.__version__, "sources": sources, "paper": {}, "matrix": {}}
+    measured: dict[str, Any] = {"triton": triton.__version__, "sources": sources, "paper": {}, "matrix": {}}
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
         for part, cases, entry in (("paper", paper, _paper_entry), ("matrix", matrix, _matrix_entry)):
             results = map(entry, cases) if jobs == 1 else pool.map(entry, cases)
-            found[part] = dict(_shown(results, len(cases), f"compiling, {part}"))
-    return found
+            measured[part] = dict(_shown(results, len(cases), f"compiling, {part}"))
+    return measured
 
 
-def table(found: dict[str, Any]) -> str:
+def table(measured: dict[str, Any]) -> str:
     """The paper's part in Markdown."""
     lines = [
         "| target | pass | kernel | tile | warps | registers | spills | shared KiB | warps/SM "
         "| issued/warp | ratio to content only |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, entry in found["paper"].items():
+    for name, entry in measured["paper"].items():
         for index, kernel in enumerate(entry["kernels"]):
             lines.append(
                 f"| {name.replace('/', ' | ')} | {kernel['kernel']} "
@@ -334,7 +360,7 @@ def table(found: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m convit_kernels.triton.budget", description=(__doc__ or "").split("\n")[0]
+        prog="python -m tools.machine_code.budget", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--write", action="store_true", help="rewrite the file")
     parser.add_argument("--check", action="store_true", help="compare with the file; exit code 1 where it is exceeded")
@@ -347,19 +373,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     matrix = matrix_cases(options.devices)[:: options.sample or 1] if options.all or options.sample else []
-    found = collect(paper_cases(options.devices), matrix, options.jobs)
-    print(json.dumps(found, indent=1) if options.json else table(found))
+    measured = collect(paper_cases(options.devices), matrix, options.jobs)
+    print(json.dumps(measured, indent=1) if options.json else table(measured))
     if options.write:
-        options.file.write_text(_compact(merged(found, options.file)))
+        options.file.write_text(_compact(merged(measured, options.file)))
     if options.check:
-        complaints = problems(found, json.loads(options.file.read_text()))
+        complaints = problems(measured, json.loads(options.file.read_text()))
         print(*complaints, sep="\n", file=sys.stderr)
         return int(bool(complaints))
     return 0
 
 
-def merged(found: dict[str, Any], file: Path) -> dict[str, Any]:
-    """``found`` and what the file has beside it, in the order of the cases; what follows from other code goes."""
+def merged(measured: dict[str, Any], file: Path) -> dict[str, Any]:
+    """``measured`` and what the file has beside it, in the order of the cases; what follows from other code goes."""
     kept = json.loads(file.read_text()) if file.exists() else {}
     current = {device for device, hashed in kept.get("sources", {}).items() if hashed == source(device)}
     names = {
@@ -369,17 +395,17 @@ def merged(found: dict[str, Any], file: Path) -> dict[str, Any]:
     parts: dict[str, Any] = {}
     for part, order in names.items():
         before = {name: entry for name, entry in kept.get(part, {}).items() if name.split("/")[0] in current}
-        entries = before | found[part]
+        entries = before | measured[part]
         parts[part] = {name: entries[name] for name in order if name in entries}
-    sources = {device: source(device) for device in DEVICES if device in current or device in found["sources"]}
-    return {"triton": found["triton"], "sources": sources} | parts
+    sources = {device: source(device) for device in DEVICES if device in current or device in measured["sources"]}
+    return {"triton": measured["triton"], "sources": sources} | parts
 
 
-def _compact(found: dict[str, Any]) -> str:
+def _compact(measured: dict[str, Any]) -> str:
     """JSON with one line for each entry, so that a change of the file can be read."""
-    parts = [f' "{key}": {json.dumps(found[key])}' for key in ("triton", "sources")]
+    parts = [f' "{key}": {json.dumps(measured[key])}' for key in ("triton", "sources")]
     for part in ("paper", "matrix"):
-        entries = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in found[part].items())
+        entries = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in measured[part].items())
         parts.append(f' "{part}": {{\n{entries}\n }}')
     return "{\n" + ",\n".join(parts) + "\n}\n"
 

@@ -1,0 +1,1 @@
+"""What authors run from a checkout; no part of the package."""
