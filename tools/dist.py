@@ -26,24 +26,7 @@ DIST = ROOT / "dist"
 INSTALL = ROOT / "docs" / "install.md"
 FIGURES = re.compile(r"(<!-- wheel: begin, written by make dist ARGS=--write -->\n).*(<!-- wheel: end -->)", re.DOTALL)
 LIBRARIES = ("_C.abi3.so", "_C_cuda.abi3.so")
-# What an sdist must have to build, to test and to be passed on.
-NEEDED = (
-    "LICENSE",
-    "Makefile",
-    "NOTICE",
-    "benchmarks/conftest.py",
-    "constraints.txt",
-    "csrc/attention_unit.h",
-    "csrc/relpos_cuda.cu",
-    "docs/install.md",
-    "examples/data.py",
-    "pyproject.toml",
-    "setup.py",
-    "tests/conftest.py",
-    "tests/equivalence.py",
-    "tests/foreign.py",
-    "tests/interpreted/conftest.py",
-)
+LEFT_OUT = (".ci/", ".github/", ".gitignore")  # of the repository alone
 # Modules and milliseconds of processor time of the import, beside those of torch, which every user pays anyway.
 IMPORT = """
 import sys, time, torch
@@ -100,8 +83,10 @@ def check(sdist: Path, wheel: Path) -> None:
         sys.exit(f"{wheel.name}: expected {tag}, no other files than the package's ({strangers}), and {missing}")
     with tarfile.open(sdist) as archive:
         contained = {name.partition("/")[2] for name in archive.getnames()}
-    if lacking := [name for name in NEEDED if name not in contained]:
-        sys.exit(f"{sdist.name} lacks {', '.join(lacking)}")
+    if (ROOT / ".git").exists():
+        kept = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).split()
+        if lacking := [name for name in kept if name not in contained and not name.startswith(LEFT_OUT)]:
+            sys.exit(f"{sdist.name} lacks {', '.join(lacking)}: name them in MANIFEST.in")
     audit = json.loads(run("auditwheel", "show", "--json", wheel))
     outside = [name for name in audit["external_libs"] if not name.startswith(("libtorch", "libc10"))]
     if outside or audit["sym_tag"] not in wheel.name:
