@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SOURCES := setup.py convit_kernels/schemas.py $(wildcard csrc/*)
 
-.PHONY: demo test steady kernels bench results lint abi sanitize mutants clean
+.PHONY: demo test steady kernels bench results lint abi sanitize mutants hub clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -81,6 +81,11 @@ mutants: $(VENV)/built
 	cd $(MUTANTS) && CONVIT_KERNELS_CPU=1 CONVIT_KERNELS_CUDA=0 CXXFLAGS=-O1 \
 		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 	cd $(MUTANTS) && PYTHONPATH=. $(abspath $(BIN))/python $(abspath tests)/native_mutants.py
+
+# The tree that Hugging Face's kernel-builder takes; it needs Nix and a network to build and publish.
+hub: $(VENV)/built
+	rm -rf build/hub
+	$(BIN)/python -m tools.hub_layout build/hub
 
 clean:
 	rm -rf $(VENV) $(ABI_VENV) build *.egg-info convit_kernels/*.so

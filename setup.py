@@ -48,10 +48,9 @@ class CannotBuildError(Exception):
     """An extension cannot be built on this machine; the text says why."""
 
 
-def interface() -> str:
-    """A fingerprint of the op schemas: the package loads only libraries that carry the one it was written for."""
-    schemas = runpy.run_path(str(ROOT / PACKAGE / "schemas.py"))
-    return str(schemas["INTERFACE"])
+def schemas() -> dict[str, object]:
+    """The op schemas' module: NAMESPACE, and INTERFACE, a fingerprint without which the package loads no library."""
+    return runpy.run_path(str(ROOT / PACKAGE / "schemas.py"))
 
 
 def torch_folder() -> Path:
@@ -103,10 +102,12 @@ def architecture_flags(nvcc: Path) -> list[str]:
 
 
 def macros() -> list[tuple[str, str | None]]:
+    ops = schemas()
     return [
         ("TORCH_TARGET_VERSION", TORCH_TARGET),
         ("Py_LIMITED_API", PYTHON_TARGET),
-        ("CONVIT_KERNELS_INTERFACE", f'"{interface()}"'),
+        ("CONVIT_KERNELS_NAMESPACE", str(ops["NAMESPACE"])),
+        ("CONVIT_KERNELS_INTERFACE", f'"{ops["INTERFACE"]}"'),
         *([("CONVIT_KERNELS_X86", "1")] if X86 else []),
         *([("CONVIT_KERNELS_EMULATE", "1")] if EMULATE else []),
     ]

@@ -19,10 +19,9 @@ from . import (
     eager_tables,
     extension,  # noqa: F401  (loading it registers the native kernels)
 )
+from ._ops import add_op_namespace_prefix, ops
 from .inputs import Inputs
 from .schemas import SCHEMAS
-
-NAMESPACE = "convit_kernels"
 
 _DERIVING = (TransformType.Grad, TransformType.Jvp)
 
@@ -52,8 +51,8 @@ def _guarded(name: str, autograd: Callable[..., Any]) -> Callable[..., Any]:
     def kernel(keyset: Any, *args: Any) -> Any:
         if reason := why_not(*(value for value in args if isinstance(value, Tensor))):
             raise RuntimeError(
-                f"{NAMESPACE}::{name} cannot do this: {reason}. gpsa_attention(backend=None), relative_position_tables "
-                "and dense_position_table go to plain PyTorch there"
+                f"{add_op_namespace_prefix(name)} cannot do this: {reason}. gpsa_attention(backend=None), "
+                "relative_position_tables and dense_position_table go to plain PyTorch there"
             )
         return autograd(keyset, *args)
 
@@ -69,7 +68,7 @@ class _Library(torch.library.Library):
         super().impl(op_name, fn, dispatch_key, **options)  # type: ignore[no-untyped-call]
 
 
-_library: torch.library.Library = _Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+_library: torch.library.Library = _Library(ops.name, "DEF")  # type: ignore[no-untyped-call]
 
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -94,11 +93,11 @@ for _name in ("gated_attention", "gated_attention_backward"):
     if INTERPRETED:
         _library.impl(_name, _in_triton(_name), "CPU")
 
-relative_position_tables = torch.ops.convit_kernels.relative_position_tables.default
-relative_position_tables_backward = torch.ops.convit_kernels.relative_position_tables_backward.default
-dense_position_table = torch.ops.convit_kernels.dense_position_table.default
-gated_attention = torch.ops.convit_kernels.gated_attention.default
-gated_attention_backward = torch.ops.convit_kernels.gated_attention_backward.default
+relative_position_tables = ops.relative_position_tables.default
+relative_position_tables_backward = ops.relative_position_tables_backward.default
+dense_position_table = ops.dense_position_table.default
+gated_attention = ops.gated_attention.default
+gated_attention_backward = ops.gated_attention_backward.default
 
 
 def _tables_fake(pos_weight: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -154,7 +153,7 @@ for _name, _fake in (
     ("gated_attention", _attention_fake),
     ("gated_attention_backward", _attention_backward_fake),
 ):
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
+    torch.library.register_fake(add_op_namespace_prefix(_name), _fake, lib=_library)
 
 
 def _tables_gradient(grad_row: Tensor, grad_col: Tensor, row_table: Tensor, col_table: Tensor) -> Tensor:
@@ -175,7 +174,7 @@ def _tables_vjp(ctx: Any, grad_row: Tensor, grad_col: Tensor) -> tuple[Tensor, N
 
 
 torch.library.register_autograd(
-    f"{NAMESPACE}::relative_position_tables", _tables_vjp, setup_context=_save_tables, lib=_library
+    add_op_namespace_prefix("relative_position_tables"), _tables_vjp, setup_context=_save_tables, lib=_library
 )
 
 
@@ -195,7 +194,7 @@ def _dense_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
 
 
 torch.library.register_autograd(
-    f"{NAMESPACE}::dense_position_table", _dense_vjp, setup_context=_save_weight, lib=_library
+    add_op_namespace_prefix("dense_position_table"), _dense_vjp, setup_context=_save_weight, lib=_library
 )
 
 
@@ -215,7 +214,7 @@ def _attention_vjp(ctx: Any, d_out: Tensor, d_lse: Tensor, d_content: Tensor) ->
 
 
 torch.library.register_autograd(
-    f"{NAMESPACE}::gated_attention", _attention_vjp, setup_context=_save_attention, lib=_library
+    add_op_namespace_prefix("gated_attention"), _attention_vjp, setup_context=_save_attention, lib=_library
 )
 
 
@@ -225,4 +224,4 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
 
 # without it autograd would warn and go on as if the gradients were constants
 for _name in ("gated_attention_backward", "relative_position_tables_backward"):
-    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _no_second_derivative, lib=_library)
+    torch.library.register_autograd(add_op_namespace_prefix(_name), _no_second_derivative, lib=_library)

@@ -2,6 +2,9 @@
 
 import hashlib
 
+# of the ops in torch.ops; the build compiles it into the native libraries
+NAMESPACE = "convit_kernels"
+
 SCHEMAS = {
     # pos_weight (heads, 3), float32 or float64 -> row_table (heads, height, height), col_table (heads, width, width)
     "relative_position_tables": "(Tensor pos_weight, int height, int width) -> (Tensor, Tensor)",

@@ -1,6 +1,7 @@
 // The attention's ops on the CPU: checks, choice of the instruction set, and division of the work among threads.
 #include "attention_kernels.h"
 #include "instruction_set.h"
+#include "op_namespace.h"
 
 #include <torch/csrc/stable/macros.h>
 
@@ -284,7 +285,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(convit_kernels, CPU, m) {
+CONVIT_KERNELS_IMPL(CPU, m) {
   // In Triton's interpreter the Triton kernels run on CPU tensors, and ops.py registers them instead.
   const char* interpreted = std::getenv("TRITON_INTERPRET");
   if (interpreted == nullptr || std::strcmp(interpreted, "1") != 0) {

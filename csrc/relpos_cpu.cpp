@@ -1,6 +1,7 @@
 // CPU kernels of the relative-position tables.
 #include "relpos.h"
 #include "relpos_checks.h"
+#include "op_namespace.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -129,7 +130,7 @@ Tensor dense_position_table(const Tensor& pos_weight, int64_t height, int64_t wi
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(convit_kernels, CPU, m) {
+CONVIT_KERNELS_IMPL(CPU, m) {
   m.impl("relative_position_tables", TORCH_BOX(&relative_position_tables));
   m.impl("relative_position_tables_backward", TORCH_BOX(&relative_position_tables_backward));
   m.impl("dense_position_table", TORCH_BOX(&dense_position_table));

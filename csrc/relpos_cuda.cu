@@ -1,6 +1,7 @@
 // CUDA kernels of the relative-position tables: one launch each.
 #include "relpos.h"
 #include "relpos_checks.h"
+#include "op_namespace.h"
 
 #include <cuda_runtime.h>
 
@@ -188,7 +189,7 @@ Tensor dense_position_table(const Tensor& pos_weight, int64_t height, int64_t wi
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(convit_kernels, CUDA, m) {
+CONVIT_KERNELS_IMPL(CUDA, m) {
   m.impl("relative_position_tables", TORCH_BOX(&relative_position_tables));
   m.impl("relative_position_tables_backward", TORCH_BOX(&relative_position_tables_backward));
   m.impl("dense_position_table", TORCH_BOX(&dense_position_table));

@@ -6,6 +6,7 @@ import functools
 import torch
 from torch import Tensor
 
+from .._ops import ops
 from .backward import backward
 from .common import padded
 from .forward import forward
@@ -32,7 +33,6 @@ def position_tables(
     q: Tensor, pos_weight: Tensor, height: int, width: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The dense table, or both factors; the others are None."""
-    ops = torch.ops.convit_kernels
     if is_dense(q):
         return ops.dense_position_table(pos_weight, height, width, q.dtype), None, None
     return None, *ops.relative_position_tables(pos_weight, height, width)
