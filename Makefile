@@ -9,7 +9,7 @@ ABI_TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
-SOURCES := setup.py convit_kernels/schemas.py $(wildcard csrc/*)
+SOURCES := setup.py convit_kernels/schemas.py $(shell find csrc -type f)
 
 .PHONY: demo test steady kernels bench results lint abi sanitize mutants hub clean
 .DELETE_ON_ERROR:
