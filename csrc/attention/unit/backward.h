@@ -58,8 +58,9 @@ void softmax_backward(
     T score_factor, T gate, ScalarGradients& sums) {
   const int64_t row_table = height * columns, col_table = width * columns;
   // not from the forward's log-sum-exp: that of large logits has lost digits which their differences still have
-  const Vector<T> largest = largest_of(scores, columns, height * width, score_factor);
-  const Vector<T> inverse = 1 / exponentials(scores, columns, height * width, score_factor, largest);
+  const auto largest =
+      largest_of(scores + columns, columns, height * width - 1, score_factor, load_lanes<1>(scores));
+  const Vector<T> inverse = 1 / exponentials(scores, columns, height * width, score_factor, largest).at[0];
 
   Vector<T> content_sum{}, position_sum{}, along_x{}, along_y{}, squares{};
   for (int64_t y = 0; y < height; ++y) {

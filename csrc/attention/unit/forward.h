@@ -159,11 +159,14 @@ struct ForwardBlock {
       const int64_t keys = m.chunks.rows(key);
       score(all, source.keys(key, keys), keys, m.scores + key * columns);
     }
-    for (int64_t at = 0; at < columns; at += kLane) {
-      const Vector<T> largest = largest_of(m.scores + at, columns, tokens, factor);
-      store(m.largest + at, largest);
-      store(m.sum + at, exponentials(m.scores + at, columns, tokens, factor, largest));
-    }
+    for_each_group<T>(columns, [&](auto width, int64_t at) {
+      constexpr int vectors = decltype(width)::value;
+      T* scores = m.scores + at;
+      const auto largest =
+          largest_of(scores + columns, columns, tokens - 1, factor, load_lanes<vectors>(scores));
+      store_lanes(m.largest + at, largest);
+      store_lanes(m.sum + at, exponentials(scores, columns, tokens, factor, largest));
+    });
     for (int64_t key = 0; key < tokens; key += m.chunks.size) {
       const int64_t keys = m.chunks.rows(key);
       add_mixed(all, m.scores + key * columns, key, keys, source.values(key, keys));
@@ -200,9 +203,10 @@ struct ForwardBlock {
       for_each_chunk(
           [&](Panel panel, int64_t key, int64_t keys, const Operand* k, const Operand* v) {
             score(panel, k, keys, m.scores);
-            for (int64_t at = 0; at < panel.columns; at += kLane) {
-              exponentials(m.scores + at, panel.columns, keys, factor, load(m.largest + panel.begin + at));
-            }
+            for_each_group<T>(panel.columns, [&](auto width, int64_t at) {
+              const auto largest = load_lanes<decltype(width)::value>(m.largest + panel.begin + at);
+              exponentials(m.scores + at, panel.columns, keys, factor, largest);
+            });
             add_mixed(panel, m.scores, key, keys, v);
           },
           [](int64_t, int64_t, const Operand*) {});
@@ -256,11 +260,15 @@ struct ForwardBlock {
 
   // A chunk's e -> its part of the output.
   void add_mixed(Panel panel, T* e, int64_t key, int64_t keys, const Operand* values) const {
-    for (int64_t at = 0; at < panel.columns; at += kLane) {
+    for_each_group<T>(panel.columns, [&](auto width, int64_t at) {
       const int64_t query = panel.begin + at;
+      auto content = load_lanes<decltype(width)::value>(m.sum + query);
+      for (Vector<T>& sum : content.at) {
+        sum = (1 - gate) / sum;
+      }
       mix(e + at, panel.columns, m.row_factor + query, m.col_factor + query, columns, key, key + keys, p.width,
-          (1 - gate) / load(m.sum + query), gate);
-    }
+          content, gate);
+    });
     add_values(panel, e, key, keys, values);
   }
 
@@ -268,17 +276,24 @@ struct ForwardBlock {
   void update_softmax(Panel panel, int64_t key, int64_t keys) const {
     // finite: of scores that are all -inf until now the sum is zero
     const T lowest = factor < 0 ? Exponential<T>::kLargest : -Exponential<T>::kLargest;
-    for (int64_t at = 0; at < panel.columns; at += kLane) {
+    for_each_group<T>(panel.columns, [&](auto width, int64_t at) {
+      constexpr int vectors = decltype(width)::value;
       T* scores = m.scores + at;
       const int64_t query = panel.begin + at;
-      const Vector<T> before = key == 0 ? broadcast(lowest) : load(m.largest + query);
-      const Vector<T> largest = largest_of(scores, panel.columns, keys, factor, before);
-      const Vector<T> part = exponentials(scores, panel.columns, keys, factor, largest);
-      const Vector<T> shrink = exp2<T>((before - largest) * factor);
-      store(m.largest + query, largest);
-      store(m.shrink + query, shrink);
-      store(m.sum + query, key == 0 ? part : load(m.sum + query) * shrink + part);
-    }
+      Lanes<T, vectors> before;
+      for (int vector = 0; vector < vectors; ++vector) {
+        before.at[vector] = key == 0 ? broadcast(lowest) : load(m.largest + query + vector * kLane);
+      }
+      const auto largest = largest_of(scores, panel.columns, keys, factor, before);
+      const auto part = exponentials(scores, panel.columns, keys, factor, largest);
+      store_lanes(m.largest + query, largest);
+      for (int vector = 0; vector < vectors; ++vector) {
+        const int64_t column = query + vector * kLane;
+        const Vector<T> shrink = exp2<T>((before.at[vector] - largest.at[vector]) * factor);
+        store(m.shrink + column, shrink);
+        store(m.sum + column, key == 0 ? part.at[vector] : load(m.sum + column) * shrink + part.at[vector]);
+      }
+    });
     for (int64_t query = panel.begin; key > 0 && query < panel.begin + panel.rows; ++query) {
       if (m.shrink[query] != 1) {
         scale_row(query, m.shrink[query]);

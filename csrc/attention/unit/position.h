@@ -33,8 +33,8 @@ void fill_factor(T linear, T quadratic, int64_t length, const T* queries, int64_
       store(factor + key * columns, offset * (linear + quadratic * offset));
     }
     const T base = static_cast<T>(kLog2E);
-    const Vector<T> largest = largest_of(factor, columns, length, base);
-    const Vector<T> scale = 1 / exponentials(factor, columns, length, base, largest);
+    const Lanes<T, 1> largest = largest_of(factor + columns, columns, length - 1, base, load_lanes<1>(factor));
+    const Vector<T> scale = 1 / exponentials(factor, columns, length, base, largest).at[0];
     Vector<T> mean{}, mean_square{};
     for (int64_t key = 0; key < length; ++key) {
       const Vector<T> offset = static_cast<T>(key) - query;
@@ -52,17 +52,25 @@ void fill_factor(T linear, T quadratic, int64_t length, const T* queries, int64_
   }
 }
 
-// e -> the mixed map, for the keys [begin, end) and one vector of queries.
-template <typename T>
+// e -> the mixed map, for the keys [begin, end).
+template <int kVectors, typename T>
 CONVIT_INLINE void mix(
     T* scores, int64_t score_columns, const T* row_factor, const T* col_factor, int64_t columns, int64_t begin,
-    int64_t end, int64_t width, Vector<T> content, T gate) {
+    int64_t end, int64_t width, const Lanes<T, kVectors>& content, T gate) {
   int64_t key = begin;
   for (int64_t y = begin / width; key < end; ++y) {
-    const Vector<T> row = load(row_factor + y * columns) * gate;
+    Lanes<T, kVectors> row;
+#pragma GCC unroll 4
+    for (int vector = 0; vector < kVectors; ++vector) {
+      row.at[vector] = load(row_factor + y * columns + vector * kLanes<T>) * gate;
+    }
     const int64_t stop = minimum(end, (y + 1) * width);
     for (const T* col = col_factor + (key - y * width) * columns; key < stop; ++key, col += columns) {
-      store(scores, load(scores) * content + row * load(col));
+#pragma GCC unroll 4
+      for (int vector = 0; vector < kVectors; ++vector) {
+        T* at = scores + vector * kLanes<T>;
+        store(at, load(at) * content.at[vector] + row.at[vector] * load(col + vector * kLanes<T>));
+      }
       scores += score_columns;
     }
   }
