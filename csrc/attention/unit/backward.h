@@ -2,9 +2,8 @@
 #pragma once
 
 #include "blocks.h"
-#include "packing.h"
+#include "operands.h"
 #include "position.h"
-#include "products.h"
 
 namespace convit_kernels {
 namespace {
@@ -15,24 +14,36 @@ int64_t accumulator_size(const Problem& p) {
   return p.height * p.width * round_up(p.head_dim, kLanes<T>);
 }
 
-template <typename T>
+template <typename Operands>
 struct BackwardMemory {
-  int64_t channels;
+  using T = typename Operands::Compute;
+  using Operand = typename Operands::Operand;
+  static constexpr int64_t kGroup = Operands::kGroup;
+
+  int64_t channels;  // head_dim in whole vectors
+  int64_t depth;     // head_dim in whole vectors of operands
   QueryBlocks<T> blocks;
   KeyChunks chunks;
-  T *keys, *values, *queries, *d_out, *transposed, *scores, *d_scores, *dq, *x, *y, *row_factor, *col_factor;
+  Operand *keys, *values;                // rows: what scores are made from
+  Operand *key_values;                   // what dq is gathered from; numbers serve as they are
+  Operand *queries, *d_out;              // what dk and dv are scattered from
+  Operand *rows, *transposed, *map;
+  T *scores, *d_scores, *dq, *x, *y, *row_factor, *col_factor;
   int64_t bytes;
 
   BackwardMemory(const Problem& p, void* start)
-      : channels(round_up(p.head_dim, kLanes<T>)), blocks(p.height * p.width, block_vectors(p)),
-        chunks(p.height * p.width) {
+      : channels(round_up(p.head_dim, kLanes<T>)), depth(round_up(ceil_div(p.head_dim, kGroup), kLanes<T>)),
+        blocks(p.height * p.width, block_vectors(p)), chunks(p.height * p.width) {
     const int64_t tokens = p.height * p.width, columns = blocks.largest;
     Memory memory(start);
-    keys = memory.take<T>(tokens * channels);
-    values = memory.take<T>(tokens * channels);
-    queries = memory.take<T>(columns * channels);
-    d_out = memory.take<T>(columns * channels);
-    transposed = memory.take<T>(columns * channels);
+    keys = memory.take<Operand>(tokens * depth);
+    values = memory.take<Operand>(tokens * depth);
+    key_values = kGroup == 1 ? keys : memory.take<Operand>(ceil_div(tokens, kGroup) * channels);
+    queries = memory.take<Operand>(ceil_div(columns, kGroup) * channels);
+    d_out = memory.take<Operand>(ceil_div(columns, kGroup) * channels);
+    rows = memory.take<Operand>(kGroup == 1 ? 0 : columns * depth);
+    transposed = memory.take<Operand>(columns * depth);
+    map = memory.take<Operand>(kGroup == 1 ? 0 : ceil_div(chunks.size, kGroup) * columns);
     dq = memory.take<T>(columns * channels);
     scores = memory.take<T>(tokens * columns);
     d_scores = memory.take<T>(tokens * columns);
@@ -100,35 +111,45 @@ void softmax_backward(
   }
 }
 
-template <typename T, typename S>
+template <typename Operands, typename S>
 void backward(
     const Backward& p, int64_t image_head, int64_t block_begin, int64_t block_end, void* accumulator,
     ScalarGradients* sums, void* start) {
-  constexpr int lanes = kLanes<T>;
-  const BackwardMemory<T> m(p, start);
+  using T = typename Operands::Compute;
+  using Operand = typename Operands::Operand;
+  constexpr int64_t lanes = kLanes<T>, group = Operands::kGroup;
+  const BackwardMemory<Operands> m(p, start);
   const int64_t head = image_head % p.heads, tokens = p.height * p.width;
-  const int64_t channels = m.channels, head_dim = p.head_dim;
+  const int64_t channels = m.channels, depth = m.depth, head_dim = p.head_dim;
   const T gate = static_cast<const T*>(p.gate)[head], factor = static_cast<T>(p.scale * kLog2E);
   const T* pos_weight = static_cast<const T*>(p.pos_weight) + 3 * head;
-  const S* q = rows_of<S>(p, p.q, image_head);
-  const S* d_out = rows_of<S>(p, p.d_out, image_head);
+  const S *k = rows_of<S>(p, p.k, image_head), *v = rows_of<S>(p, p.v, image_head);
   S* dq = rows_of<S>(p, p.dq, image_head);
   T* dk = static_cast<T*>(accumulator);
   T* dv = dk + accumulator_size<T>(p);
   *sums = {};
-  copy_rows(rows_of<S>(p, p.k, image_head), p.k.token, tokens, head_dim, m.keys, channels);
-  copy_rows(rows_of<S>(p, p.v, image_head), p.v.token, tokens, head_dim, m.values, channels);
+  Operands::copy_rows(k, p.k.token, tokens, head_dim, m.keys, depth);
+  Operands::copy_rows(v, p.v.token, tokens, head_dim, m.values, depth);
+  if (group > 1) {
+    Operands::copy_values(k, p.k.token, tokens, head_dim, m.key_values, channels);
+  }
 
   for (int64_t block = block_begin; block < block_end; ++block) {
     const int64_t begin = m.blocks.begin(block), rows = m.blocks.rows(block), columns = m.blocks.columns(block);
-    copy_rows(q + begin * p.q.token, p.q.token, rows, head_dim, m.queries, channels);
-    transpose_rows(m.queries, rows, channels, m.transposed, columns);
-    multiply<false, false>(
-        m.keys, channels, m.transposed, columns, m.scores, columns, tokens, columns / lanes, head_dim);
-    copy_rows(d_out + begin * p.d_out.token, p.d_out.token, rows, head_dim, m.d_out, channels);
-    transpose_rows(m.d_out, rows, channels, m.transposed, columns);
-    multiply<false, false>(
-        m.values, channels, m.transposed, columns, m.d_scores, columns, tokens, columns / lanes, head_dim);
+    // A product of keys or values with the block's queries or gradients, which are then laid out for the sums over them.
+    const auto score = [&](const Operand* left, const Strided& right, Operand* scattered, T* to) {
+      const S* from = rows_of<S>(p, right, image_head) + begin * right.token;
+      Operand* as_rows = group == 1 ? scattered : m.rows;
+      Operands::copy_rows(from, right.token, rows, head_dim, as_rows, depth);
+      transpose_rows(as_rows, rows, depth, m.transposed, columns);
+      multiply<false, false>(
+          left, depth, m.transposed, columns, to, columns, tokens, columns / lanes, ceil_div(head_dim, group));
+      if (group > 1) {
+        Operands::copy_values(from, right.token, rows, head_dim, scattered, channels);
+      }
+    };
+    score(m.keys, p.q, m.queries, m.scores);
+    score(m.values, p.d_out, m.d_out, m.d_scores);
 
     fill_coordinates(begin, columns, p.width, m.x, m.y);
     fill_factor<true>(pos_weight[0], pos_weight[2], p.width, m.x, columns, m.col_factor);
@@ -139,14 +160,22 @@ void backward(
           gate, *sums);
     }
 
-    const auto accumulate = block == block_begin ? multiply<false, false, T, T> : multiply<false, true, T, T>;
-    accumulate(m.scores, columns, m.d_out, channels, dv, channels, tokens, channels / lanes, rows);
-    accumulate(m.d_scores, columns, m.queries, channels, dk, channels, tokens, channels / lanes, rows);
+    const auto accumulate =
+        block == block_begin ? multiply<false, false, T, Operand> : multiply<false, true, T, Operand>;
     for (int64_t key = 0; key < tokens; key += m.chunks.size) {
-      const auto product = key == 0 ? multiply<true, false, T, T> : multiply<true, true, T, T>;
-      product(
-          m.d_scores + key * columns, columns, m.keys + key * channels, channels, m.dq, channels, rows,
-          channels / lanes, m.chunks.rows(key));
+      const int64_t keys = m.chunks.rows(key);
+      const auto scatter = [&](const T* map, const Operand* from, T* to) {
+        accumulate(
+            Operands::map_of_queries(map + key * columns, columns, rows, keys, m.map), columns / group, from, channels,
+            to + key * channels, channels, keys, channels / lanes, ceil_div(rows, group));
+      };
+      scatter(m.scores, m.d_out, dv);
+      scatter(m.d_scores, m.queries, dk);
+      const auto gather = key == 0 ? multiply<true, false, T, Operand> : multiply<true, true, T, Operand>;
+      gather(
+          Operands::map_of_keys(m.d_scores + key * columns, columns, keys, m.map), columns,
+          m.key_values + key / group * channels, channels, m.dq, channels, rows, channels / lanes,
+          ceil_div(keys, group));
     }
     write_rows(m.dq, channels, 1, 0, static_cast<T>(p.scale), dq + begin * p.dq.token, p.dq.token, rows, head_dim);
   }
@@ -168,9 +197,9 @@ void backward_finish(const Backward& p, int64_t image_head, const void* accumula
   write(dk + size, T(1), p.dv);
 }
 
-template <typename T>
+template <typename Operands>
 Plan backward_plan(const Problem& p) {
-  const BackwardMemory<T> memory(p, nullptr);
+  const BackwardMemory<Operands> memory(p, nullptr);
   return {memory.blocks.count, memory.bytes};
 }
 

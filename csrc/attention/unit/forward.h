@@ -287,7 +287,7 @@ struct ForwardBlock {
   void add_values(Panel panel, const T* map, int64_t key, int64_t keys, const Operand* values) const {
     const auto product = key == 0 ? multiply<true, false, T, Operand> : multiply<true, true, T, Operand>;
     product(
-        Operands::map(map, panel.columns, keys, m.map), panel.columns, values, m.channels,
+        Operands::map_of_keys(map, panel.columns, keys, m.map), panel.columns, values, m.channels,
         m.out + panel.begin * m.channels, m.channels, panel.rows, m.channels / kLane, ceil_div(keys, kGroup));
   }
 

@@ -1,4 +1,4 @@
-// What the forward's products multiply: numbers, or pairs of bfloat16.
+// What the products multiply: numbers, or pairs of bfloat16.
 #pragma once
 
 #include "packing.h"
@@ -7,7 +7,12 @@
 namespace convit_kernels {
 namespace {
 
-// The operands of the forward's products: numbers in the type that is computed in.
+// An operand's type says how rows of a tensor and of a map are laid out for the three products of the attention:
+//   scores   S[key, query]    = sum over channels of X[key] Y[query]      copy_rows, transposed for Y
+//   gather   G[query, d]     += sum over keys of M[key, query] X[key, d]   map_of_keys, copy_values
+//   scatter  A[key, d]       += sum over queries of M[key, query] Y[query, d]   map_of_queries, copy_values
+
+// Numbers in the type that is computed in.
 template <typename T, typename S>
 struct Numbers {
   using Compute = T;
@@ -21,7 +26,8 @@ struct Numbers {
     copy_rows(from, stride, rows, head_dim, to, channels);
   }
   static Vector<T> value(const T* values, int64_t key, int64_t channels) { return load(values + key * channels); }
-  static const T* map(const T* scores, int64_t, int64_t, T*) { return scores; }
+  static const T* map_of_keys(const T* map, int64_t, int64_t, T*) { return map; }
+  static const T* map_of_queries(const T* map, int64_t, int64_t, int64_t, T*) { return map; }
 };
 
 // Pairs of bfloat16 numbers, for instructions that add the products of two pairs to a float: of adjacent channels in
@@ -60,12 +66,30 @@ struct Pairs {
     return reinterpret_cast<Vector<float>>(key % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
   }
 
-  static const uint32_t* map(const float* scores, int64_t columns, int64_t keys, uint32_t* to) {
+  // (keys, columns) -> (pairs of keys, columns)
+  static const uint32_t* map_of_keys(const float* map, int64_t columns, int64_t keys, uint32_t* to) {
     constexpr int lanes = kLanes<float>;
-    for (int64_t key = 0; key < keys; key += 2, scores += 2 * columns) {
+    for (int64_t key = 0; key < keys; key += 2, map += 2 * columns) {
       for (int64_t at = 0; at < columns; at += lanes) {
-        const Vector<float> odd = key + 1 < keys ? load(scores + columns + at) : Vector<float>{};
-        store(to + key / 2 * columns + at, narrow_to_bfloat16(load(scores + at)) | narrow_to_bfloat16(odd) << 16);
+        const Vector<float> odd = key + 1 < keys ? load(map + columns + at) : Vector<float>{};
+        store(to + key / 2 * columns + at, narrow_to_bfloat16(load(map + at)) | narrow_to_bfloat16(odd) << 16);
+      }
+    }
+    return to;
+  }
+
+  // (keys, columns) -> (keys, pairs of columns), of which the first `queries` count
+  static const uint32_t* map_of_queries(
+      const float* map, int64_t columns, int64_t queries, int64_t keys, uint32_t* to) {
+    constexpr int lanes = kLanes<float>;
+    for (int64_t key = 0; key < keys; ++key, map += columns) {
+      uint32_t* row = to + key * columns / 2;
+      for (int64_t at = 0; at < columns; at += lanes) {
+        const auto narrow = narrow_lanes(narrow_to_bfloat16(load(map + at)));
+        __builtin_memcpy(row + at / 2, &narrow, sizeof(narrow));
+      }
+      if (queries % 2 != 0) {
+        row[queries / 2] &= 0xffff;
       }
     }
     return to;

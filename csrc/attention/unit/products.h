@@ -34,6 +34,10 @@ CONVIT_INLINE Vector<uint32_t> narrow_to_bfloat16(Vector<float> value) {
 #endif
 }
 
+// The lower halves of the elements, side by side.
+typedef uint16_t HalfVector __attribute__((vector_size(kVectorBytes / 2)));
+CONVIT_INLINE HalfVector narrow_lanes(Vector<uint32_t> values) { return __builtin_convertvector(values, HalfVector); }
+
 // One register tile of c (+)= a b, with a (rows, depth), or (depth, rows) where kTransposed, and b (depth, channels).
 // The operands are numbers or pairs of them.
 template <int kRows, int kVectors, bool kTransposed, bool kAdd, typename T, typename Operand>
