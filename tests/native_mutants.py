@@ -113,14 +113,26 @@ MUTANTS = [
     Mutant(
         "subnormal float16 inputs are read as normal ones",
         "TestRounding::test_half_precision_rounds_to_nearest",
-        "float_of(static_cast<uint32_t>(value.bits & 0x7fff) << 13) * 0x1p112f",
-        "float_of((static_cast<uint32_t>(value.bits & 0x7fff) << 13) + (112u << 23))",
+        "magnitude < 1u << 23",
+        "false",
     ),
     Mutant(
         "infinite float16 inputs are read as 65536",
         "TestRounding::test_half_precision_rounds_to_nearest",
-        "magnitude >= 65536.0f",
+        "magnitude >= 0x7c00u << 13",
         "false",
+    ),
+    Mutant(
+        "subnormal results are kept",
+        "TestSubnormals::test_results_are_flushed",
+        "1u << 15",
+        "0u",
+    ),
+    Mutant(
+        "what the caller had set of subnormal numbers is lost",
+        "TestSubnormals::test_no_thread_stays_changed",
+        "__builtin_ia32_ldmxcsr(before_);",
+        "__builtin_ia32_ldmxcsr(before_ | kFlushToZero);",
     ),
     # softmax
     Mutant(
@@ -140,13 +152,13 @@ MUTANTS = [
         "TestBlocks::test_the_largest_logit_of_a_negative_scale",
         "factor < 0",
         "false",
-        "const T sign = … ?",
+        "if (…)",
     ),
     Mutant(
         "the sum of the last exponentials alone",
         "TestEquivalence::test_grids",
-        "sum += part;",
-        "sum = part;",
+        "sum.at[vector] += part.at[vector];",
+        "sum.at[vector] = part.at[vector];",
     ),
     Mutant(
         "lse: a logarithm of base 2",
@@ -172,9 +184,8 @@ MUTANTS = [
     Mutant(
         "position is mixed in without the gate",
         "TestEquivalence::test_grids",
-        "load(row_factor + y * columns) * gate",
-        "load(row_factor + y * columns)",
-        "row = …;",
+        "load(row_factor + y * columns + vector * kLanes<T>) * gate",
+        "load(row_factor + y * columns + vector * kLanes<T>)",
     ),
     Mutant(
         "the offset's mean is left out of its gradient",
@@ -250,8 +261,8 @@ MUTANTS = [
     Mutant(
         "sums of exponentials are not brought to a new maximum",
         "TestEquivalence::test_many_tokens_in_float64",
-        "load(m.sum + query) * shrink + part",
-        "load(m.sum + query) + part",
+        "load(m.sum + column) * shrink + part.at[vector]",
+        "load(m.sum + column) + part.at[vector]",
     ),
     Mutant(
         "sums of values are not brought to a new maximum",
@@ -278,7 +289,7 @@ MUTANTS = [
         "TestEquivalence::test_grids",
         "key == 0",
         "true",
-        "product = … ? multiply<true, false, T, T>",
+        "gather = … ?",
     ),
     Mutant(
         "dk and dv of a later block overwrite those before",
@@ -315,9 +326,23 @@ MUTANTS = [
     Mutant(
         "the map is truncated to bfloat16",
         "TestRounding::test_the_rows_of_the_map_sum_to_one",
-        "narrow_to_bfloat16(load(scores + at)) | narrow_to_bfloat16(odd) << 16",
-        "reinterpret_cast<Vector<uint32_t>>(load(scores + at)) >> 16 |"
+        "narrow_to_bfloat16(load(map + at)) | narrow_to_bfloat16(odd) << 16",
+        "reinterpret_cast<Vector<uint32_t>>(load(map + at)) >> 16 |"
         " (reinterpret_cast<Vector<uint32_t>>(odd) & 0xffff0000u)",
+        only="avx512_bf16",
+    ),
+    Mutant(
+        "the map of the backward is truncated to bfloat16",
+        "TestRounding::test_gradients_in_half_precision_err_by_two_roundings",
+        "narrow_lanes(narrow_to_bfloat16(load(map + at)))",
+        "narrow_lanes(reinterpret_cast<Vector<uint32_t>>(load(map + at)) >> 16)",
+        only="avx512_bf16",
+    ),
+    Mutant(
+        "a query beyond an odd last one counts",
+        "TestExtremes::test_a_key_that_no_query_sees",
+        "queries % 2 != 0",
+        "false",
         only="avx512_bf16",
     ),
     Mutant(

@@ -24,9 +24,9 @@ struct BackwardMemory {
   int64_t depth;     // head_dim in whole vectors of operands
   QueryBlocks<T> blocks;
   KeyChunks chunks;
-  Operand *keys, *values;                // rows: what scores are made from
-  Operand *key_values;                   // what dq is gathered from; numbers serve as they are
-  Operand *queries, *d_out;              // what dk and dv are scattered from
+  Operand *keys, *values;    // rows: what scores are made from
+  Operand* key_values;       // what dq is gathered from; numbers serve as they are
+  Operand *queries, *d_out;  // what dk and dv are scattered from
   Operand *rows, *transposed, *map;
   T *scores, *d_scores, *dq, *x, *y, *row_factor, *col_factor;
   int64_t bytes;
@@ -69,8 +69,7 @@ void softmax_backward(
     T score_factor, T gate, ScalarGradients& sums) {
   const int64_t row_table = height * columns, col_table = width * columns;
   // not from the forward's log-sum-exp: that of large logits has lost digits which their differences still have
-  const auto largest =
-      largest_of(scores + columns, columns, height * width - 1, score_factor, load_lanes<1>(scores));
+  const auto largest = largest_of(scores + columns, columns, height * width - 1, score_factor, load_lanes<1>(scores));
   const Vector<T> inverse = 1 / exponentials(scores, columns, height * width, score_factor, largest).at[0];
 
   Vector<T> content_sum{}, position_sum{}, along_x{}, along_y{}, squares{};
@@ -118,6 +117,7 @@ void backward(
   using T = typename Operands::Compute;
   using Operand = typename Operands::Operand;
   constexpr int64_t lanes = kLanes<T>, group = Operands::kGroup;
+  const FlushSubnormals flush;
   const BackwardMemory<Operands> m(p, start);
   const int64_t head = image_head % p.heads, tokens = p.height * p.width;
   const int64_t channels = m.channels, depth = m.depth, head_dim = p.head_dim;
@@ -136,7 +136,8 @@ void backward(
 
   for (int64_t block = block_begin; block < block_end; ++block) {
     const int64_t begin = m.blocks.begin(block), rows = m.blocks.rows(block), columns = m.blocks.columns(block);
-    // A product of keys or values with the block's queries or gradients, which are then laid out for the sums over them.
+    // A product of keys or values with the block's queries or gradients, which are then laid out for the sums over
+    // them.
     const auto score = [&](const Operand* left, const Strided& right, Operand* scattered, T* to) {
       const S* from = rows_of<S>(p, right, image_head) + begin * right.token;
       Operand* as_rows = group == 1 ? scattered : m.rows;

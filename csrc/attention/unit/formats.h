@@ -25,10 +25,11 @@ CONVIT_INLINE float widen(BFloat16 value) { return float_of(static_cast<uint32_t
 
 CONVIT_INLINE float widen(Half value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
-  // the multiplication moves the exponent's bias, and makes subnormal numbers normal
-  const float magnitude = float_of(static_cast<uint32_t>(value.bits & 0x7fff) << 13) * 0x1p112f;
-  const uint32_t infinite = magnitude >= 65536.0f ? 0x7f800000u : 0u;
-  return float_of(bits_of(magnitude) | infinite | sign);
+  const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fff) << 13, bias = 112u << 23;
+  // an exponent one too high, and then one less: never is a number subnormal in float, where it could be flushed
+  const uint32_t subnormal = bits_of(float_of(magnitude + bias + (1u << 23)) - float_of(bias + (1u << 23)));
+  const uint32_t infinite = magnitude >= 0x7c00u << 13 ? bias : 0u;
+  return float_of((magnitude < 1u << 23 ? subnormal : magnitude + bias + infinite) | sign);
 }
 
 CONVIT_INLINE void narrow(float value, float& to) { to = value; }

@@ -195,8 +195,7 @@ struct ForwardBlock {
     for_each_group<T>(columns, [&](auto width, int64_t at) {
       constexpr int vectors = decltype(width)::value;
       T* scores = m.scores + at;
-      const auto largest =
-          largest_of(scores + columns, columns, tokens - 1, factor, load_lanes<vectors>(scores));
+      const auto largest = largest_of(scores + columns, columns, tokens - 1, factor, load_lanes<vectors>(scores));
       store_lanes(m.largest + at, largest);
       store_lanes(m.sum + at, exponentials(scores, columns, tokens, factor, largest));
     });
@@ -299,8 +298,8 @@ struct ForwardBlock {
       for (Vector<T>& sum : content.at) {
         sum = (1 - gate) / sum;
       }
-      mix(e + at, panel.columns, m.row_factor + query, m.col_factor + query, columns, key, key + keys, p.width,
-          content, gate);
+      mix(e + at, panel.columns, m.row_factor + query, m.col_factor + query, columns, key, key + keys, p.width, content,
+          gate);
     });
     add_values(panel, e, key, keys, values);
   }
@@ -374,6 +373,7 @@ struct ForwardBlock {
 template <typename Operands, typename S>
 void forward(const Forward& p, int64_t image_head, int64_t block_begin, int64_t block_end, void* start) {
   using T = typename Operands::Compute;
+  const FlushSubnormals flush;
   const ForwardMemory<Operands> m(p, start);
   const KeysAndValues<Operands, S> source(p, image_head, m);
   const NextHead<S> next(p, image_head);
