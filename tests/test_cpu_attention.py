@@ -281,6 +281,15 @@ class TestRounding:
         inputs = inputs._replace(q=inputs.q / 2, v=ones, pos_weight=torch.zeros_like(inputs.pos_weight))
         assert torch.equal(attend(inputs, grid), ones)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_the_columns_of_the_map_are_not_truncated(self, dtype):
+        """Summed by dv where d_out is one: rounded to nearest they err up and down, truncated by half a step down."""
+        inputs = make_inputs(2, 2, (14, 14), 16, dtype, gate=-1.0)
+        inputs = inputs._replace(q=inputs.q / 2, grad=torch.ones_like(inputs.grad))
+        mine = with_gradients(lambda i: attend(i, (14, 14)), inputs)[3].double()
+        exact = with_gradients(lambda i: eager_attention(i, (14, 14), 0.25), inputs.to(torch.float64))[3]
+        assert (mine / exact - 1).mean().abs() < 0.2 * torch.finfo(dtype).eps
+
     @pytest.mark.parametrize("gate", [-40.0, 40.0])
     def test_a_softmax_in_float32(self, gate):
         """The map itself, by values that are an identity matrix, of content and of position.
