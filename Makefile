@@ -8,7 +8,7 @@ TORCH ?= torch torchvision
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
-SOURCES := setup.py convit_kernels/schemas.py $(wildcard csrc/*)
+SOURCES := setup.py convit_kernels/schemas.py $(shell find csrc -type f)
 
 .PHONY: demo test steady kernels bench results docs lint sanitize mutants dist dist-test hub clean
 .DELETE_ON_ERROR:
@@ -57,7 +57,7 @@ $(DOCS_VENV)/ready: docs/requirements.txt
 lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc torch-ext -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 	$(BIN)/mypy
 
 define copy_sources

@@ -3,6 +3,6 @@
 #define CONVIT_VECTOR_BYTES 16
 #define CONVIT_TILE_ROWS 4
 #define CONVIT_TILE_VECTORS 2
-#include "attention_unit.h"
+#include "unit/unit.h"
 
 const convit_kernels::AttentionKernels convit_kernels::kAttentionPortable = convit_kernels::attention_kernels();

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "attention_kernels.h"
+#include "problem.h"
 
 namespace convit_kernels {
 

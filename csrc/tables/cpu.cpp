@@ -1,7 +1,7 @@
 // CPU kernels of the relative-position tables.
 #include "relpos.h"
-#include "relpos_checks.h"
-#include "op_namespace.h"
+#include "checks.h"
+#include "../op_namespace.h"
 
 #include <torch/csrc/stable/library.h>
 

@@ -1,7 +1,7 @@
 // CUDA kernels of the relative-position tables: one launch each.
 #include "relpos.h"
-#include "relpos_checks.h"
-#include "op_namespace.h"
+#include "checks.h"
+#include "../op_namespace.h"
 
 #include <cuda_runtime.h>
 

@@ -2,7 +2,7 @@
 #define CONVIT_VECTOR_BYTES 64
 #define CONVIT_TILE_ROWS 8
 #define CONVIT_TILE_VECTORS 3
-#include "attention_unit.h"
+#include "unit/unit.h"
 
 const convit_kernels::DtypeKernels convit_kernels::kBFloat16Avx512 =
     convit_kernels::dtype_kernels<float, convit_kernels::BFloat16, convit_kernels::Pairs>();

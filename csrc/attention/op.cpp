@@ -1,7 +1,7 @@
 // The attention's ops on the CPU: checks, choice of the instruction set, and division of the work among threads.
-#include "attention_kernels.h"
+#include "problem.h"
 #include "instruction_set.h"
-#include "op_namespace.h"
+#include "../op_namespace.h"
 
 #include <torch/csrc/stable/macros.h>
 

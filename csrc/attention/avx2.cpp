@@ -2,6 +2,6 @@
 #define CONVIT_VECTOR_BYTES 32
 #define CONVIT_TILE_ROWS 4
 #define CONVIT_TILE_VECTORS 3
-#include "attention_unit.h"
+#include "unit/unit.h"
 
 const convit_kernels::AttentionKernels convit_kernels::kAttentionAvx2 = convit_kernels::attention_kernels();
