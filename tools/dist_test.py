@@ -93,7 +93,16 @@ def check_sdist() -> None:
     """Its tests are all found, and it builds in isolation: with a torch that pip installs for the build alone."""
     folder = unpacked(SDIST)
     run(sys.executable, "-m", "pytest", "--collect-only", "-qq", "tests", cwd=folder)
-    run(sys.executable, "-m", "pytest", "--collect-only", "-qq", "tests/interpreted", cwd=folder, TRITON_INTERPRET="1")
+    run(
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-qq",
+        "tests/interpreted",
+        cwd=folder,
+        environment={"TRITON_INTERPRET": "1"},
+    )
     constraints = FOLDER / "constraints.txt"
     constraints.write_text("torch==2.13.0\n")
     wheels = FOLDER / "wheels"
