@@ -351,7 +351,7 @@ class TestProfile:
     @NO_GPU
     def test_a_backend_that_cannot_run_is_said_in_one_line(self):
         result = run("profile", "--compare", "triton", "--layer", "--batch", "1")
-        assert_refused(result, "nothing to profile: backend 'triton' cannot run here: torch sees no GPU")
+        assert_refused(result, "cannot be profiled on cpu: ours: triton: torch sees no GPU")
         assert "Phases" not in result.output
 
     def test_an_unknown_name_is_refused_with_those_that_are_allowed(self):

@@ -191,8 +191,8 @@ def why_not(task: Task, name: str) -> str:
         return "" if task.part == "attention" else "SDPA alone is a part of a layer, without position"
     try:
         check_backend(None if name == "auto" else name)
-    except RuntimeError as error:
-        return str(error)
+    except RuntimeError:
+        return next(backend.reason for backend in backends() if backend.name == name)
     # a layer would leave the task to another backend
     if name == "triton" and not on_gpu:
         return "the Triton kernels run on GPUs"
