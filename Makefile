@@ -8,9 +8,9 @@ TORCH ?= torch torchvision
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
-SOURCES := setup.py convit_kernels/schemas.py $(wildcard csrc/*)
+SOURCES := setup.py convit_kernels/schemas.py $(shell find csrc -type f)
 
-.PHONY: demo test steady kernels bench results lint sanitize mutants dist dist-test hub clean
+.PHONY: demo test steady kernels bench results docs lint sanitize mutants dist dist-test hub clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -44,10 +44,20 @@ results: $(VENV)/built
 	$(BIN)/python benchmarks/against_deit.py --out $${results%.json}-models.json && \
 	$(BIN)/python benchmarks/publish.py $$results
 
+# The site in build/site. Its tool reads the sources without importing them, so that neither torch nor a build is needed.
+DOCS_VENV ?= .venv-docs
+docs: $(DOCS_VENV)/ready
+	$(DOCS_VENV)/bin/python tools/docs.py
+
+$(DOCS_VENV)/ready: docs/requirements.txt
+	$(PYTHON) -m venv --clear $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
+	touch $@
+
 lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc torch-ext -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 	$(BIN)/mypy
 
 define copy_sources
@@ -94,7 +104,7 @@ hub: $(VENV)/built
 	$(BIN)/python -m tools.hub_layout build/hub
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info convit_kernels/*.so convit_kernels/_build.json
+	rm -rf $(VENV) $(DOCS_VENV) build dist *.egg-info convit_kernels/*.so convit_kernels/_build.json
 
 # Each stamp is written last: a set-up that was interrupted is done again, torch's from an empty environment.
 $(VENV)/torch: constraints.txt

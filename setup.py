@@ -44,14 +44,14 @@ PYTHON_TARGET = "0x030A0000"
 DEFAULT_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 X86 = platform.machine() in ("x86_64", "AMD64")
 # The attention's CPU kernels: one unit for each instruction set, chosen when they run, and the flags of each.
-UNITS = {"csrc/attention_portable.cpp": []}
+UNITS = {"csrc/attention/portable.cpp": []}
 EMULATE = X86 and os.environ.get("CONVIT_KERNELS_EMULATE") == "1"
 if X86:
     AVX2 = ["-mavx2", "-mfma", "-mf16c"]  # every processor with the first has the last
     AVX512 = [*AVX2, "-Wno-psabi"] if EMULATE else [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-    UNITS["csrc/attention_avx2.cpp"] = AVX2
-    UNITS["csrc/attention_avx512.cpp"] = AVX512
-    UNITS["csrc/attention_avx512_bf16.cpp"] = AVX512 if EMULATE else [*AVX512, "-mavx512bf16"]
+    UNITS["csrc/attention/avx2.cpp"] = AVX2
+    UNITS["csrc/attention/avx512.cpp"] = AVX512
+    UNITS["csrc/attention/avx512_bf16.cpp"] = AVX512 if EMULATE else [*AVX512, "-mavx512bf16"]
 
 
 class CannotBuildError(Exception):
@@ -128,7 +128,7 @@ def macros() -> list[tuple[str, str | None]]:
 
 
 def extension(name: str, sources: list[str], **options: list[str]) -> Extension:
-    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.h"))
+    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
     return Extension(
         f"{PACKAGE}.{name}",
         sources=sources,
@@ -217,7 +217,7 @@ class BuildNative(build_ext):
         target = Path(self.build_temp) / Path(source).with_suffix(".o")
         # An object is as good as new while its command and all that it was compiled from are the same.
         parts = [" ".join(command).encode(), Path(source).read_bytes()]
-        parts += [path.read_bytes() for path in sorted((ROOT / "csrc").glob("*.h"))]
+        parts += [path.read_bytes() for path in sorted((ROOT / "csrc").rglob("*.h"))]
         digest = hashlib.sha256(b"\0".join(parts)).hexdigest()
         stamp = target.with_suffix(".sha256")
         if not (target.exists() and stamp.exists() and stamp.read_text() == digest):
@@ -240,10 +240,15 @@ setup(
     ext_modules=[
         extension(
             "_C",
-            ["csrc/module_cpu.cpp", "csrc/relpos_cpu.cpp", "csrc/attention_cpu.cpp", "csrc/instruction_set.cpp"],
+            [
+                "csrc/module_cpu.cpp",
+                "csrc/tables/cpu.cpp",
+                "csrc/attention/op.cpp",
+                "csrc/attention/instruction_set.cpp",
+            ],
             depends=list(UNITS),
         ),
-        extension("_C_cuda", ["csrc/module_cuda.cpp"], depends=["csrc/relpos_cuda.cu"]),
+        extension("_C_cuda", ["csrc/module_cuda.cpp"], depends=["csrc/tables/cuda.cu"]),
     ],
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -1,16 +1,16 @@
 """The command line: `python -m convit_kernels`, installed also as `convit-kernels`."""
 
-import importlib.util
 import sys
+
+from .extras import needs
 
 
 def main() -> None:
     """Runs the command line, or says how to install what it needs."""
-    missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
-    if missing:
-        sys.exit(f"the command line needs {' and '.join(missing)}: pip install 'convit_kernels[cli]'")
-    from .cli import app
-
+    try:
+        from .cli import app
+    except ModuleNotFoundError as error:
+        sys.exit(needs("the command line", "cli", error))
     app()
 
 

@@ -34,8 +34,13 @@ _BACKENDS: dict[str, _Entry] = {
 
 def backends() -> list[Backend]:
     """Every backend, fastest first: its name, whether it can run on this machine, and the reason where it cannot."""
-    reasons = {name: entry.why_not(None) for name, entry in _BACKENDS.items()}
+    reasons = {name: why_not(name) for name in _BACKENDS}
     return [Backend(name, not reason, reason) for name, reason in reasons.items()]
+
+
+def why_not(name: str, inputs: Inputs | None = None) -> str:
+    """Why a backend cannot compute from these inputs, or for None, run on this machine at all; "" when it can."""
+    return _BACKENDS[name].why_not(inputs)
 
 
 def check_backend(name: str | None) -> None:
@@ -44,21 +49,22 @@ def check_backend(name: str | None) -> None:
         return
     if name not in _BACKENDS:
         raise ValueError(f"unknown backend {name!r}: allowed are None (the fastest that can run) and {list(_BACKENDS)}")
-    if reason := _BACKENDS[name].why_not(None):
+    if reason := why_not(name):
         raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
 
 
-def _fastest(inputs: Inputs) -> str:
-    return next(name for name, entry in _BACKENDS.items() if not entry.why_not(inputs))
+def fastest(inputs: Inputs) -> str:
+    """The name of the backend that backend=None takes."""
+    return next(name for name in _BACKENDS if not why_not(name, inputs))
 
 
 def _choose(name: str | None, inputs: Inputs) -> _Entry:
     check_backend(name)
     if name is None:
-        name = _fastest(inputs)
-    elif reason := _BACKENDS[name].why_not(inputs):
+        name = fastest(inputs)
+    elif reason := why_not(name, inputs):
         raise RuntimeError(
-            f"backend {name!r} cannot do this: {reason}. backend=None would take {_fastest(inputs)!r} here"
+            f"backend {name!r} cannot do this: {reason}. backend=None would take {fastest(inputs)!r} here"
         )
     return _BACKENDS[name]
 

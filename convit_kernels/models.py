@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .extras import needs
+
 try:
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     from timm.layers import ConvNormAct, DropPath, LayerNorm, Mlp, PatchEmbed, resample_abs_pos_embed, trunc_normal_
@@ -25,10 +27,7 @@ try:
     from timm.models._features import feature_take_indices
     from timm.models.vision_transformer import Attention
 except ModuleNotFoundError as error:
-    package = (error.name or "timm").partition(".")[0]
-    raise ModuleNotFoundError(
-        f"convit_kernels.models needs {package}: pip install 'convit_kernels[models]'", name=package
-    ) from error
+    raise ModuleNotFoundError(needs("convit_kernels.models", "models", error), name=error.name) from error
 
 from .attention import check_backend
 from .gpsa import GPSA

@@ -67,8 +67,8 @@ class _Library(torch.library.Library):
 
 
 # Which implementation torch's dispatcher calls, by op and device:
-#   gated_attention[_backward]                                   csrc/attention_cpu.cpp, on CUDA triton/attention.py
-#   relative_position_tables[_backward], dense_position_table    csrc/relpos_cpu.cpp, on CUDA csrc/relpos_cuda.cu
+#   gated_attention[_backward]                                   csrc/attention/op.cpp, on CUDA triton/attention.py
+#   relative_position_tables[_backward], dense_position_table    csrc/tables/cpu.cpp, on CUDA csrc/tables/cuda.cu
 # Those of csrc register themselves when extension.py loads their library; the tables' fallback, on every device, is
 # eager_tables.py. Fake kernels (shapes alone) and autograd formulas are below, the same for every device.
 _library: torch.library.Library = _Library(ops.name, "DEF")  # type: ignore[no-untyped-call]

@@ -2,7 +2,7 @@
 
 #include <exception>
 
-#include "instruction_set.h"
+#include "attention/instruction_set.h"
 
 namespace {
 

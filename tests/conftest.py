@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from equivalence import shares
 # For tools/, which is no part of the package. It comes last: what is tested may be another convit_kernels than the
 # checkout's.
 sys.path.append(str(Path(__file__).parents[1]))
+if TYPE_CHECKING:
+    from training.config import Options
 
 # Triton's interpreter is chosen for a whole process: those tests have one of their own.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
@@ -58,3 +61,19 @@ def idx_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_images import write_all  # needs the examples' libraries, which not every environment has
 
     return write_all(tmp_path_factory.mktemp("idx"))
+
+
+@pytest.fixture(scope="session")
+def folder_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small pictures, with train/ and val/."""
+    from tiny_images import write_folder
+
+    return write_folder(tmp_path_factory.mktemp("folder"))
+
+
+@pytest.fixture
+def options(idx_data: Path, tmp_path: Path) -> "Options":
+    """A run of three epochs of twelve steps with a tiny model."""
+    from tiny_runs import tiny_options
+
+    return tiny_options(idx_data, tmp_path / "run")

@@ -20,8 +20,8 @@ LAYERS = [
     ("relpos",),
     ("ops",),
     ("inputs", "eager_tables", "extension", "triton.attention"),
-    ("grid", "schemas", "triton.forward", "triton.backward"),
-    ("triton.common", "triton.configs"),
+    ("extras", "grid", "_ops", "triton.forward", "triton.backward"),
+    ("schemas", "triton.common", "triton.configs"),
     ("triton.config_table",),
 ]
 

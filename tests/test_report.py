@@ -15,14 +15,14 @@ import timm
 from invented_results import MACHINE, disturbed, disturbed_run, results, row, run, write
 from typer.testing import CliRunner
 
-from convit_kernels import bench, demo
+from convit_kernels import bench
 from convit_kernels.bench import figures
 from convit_kernels.bench.compare import MARK, changes, footnote, noise_of_run, speed_ups, times_faster
 from convit_kernels.bench.implementations import ARCHITECTURES, Task, is_ours, label
 from convit_kernels.bench.machine import describe
 from convit_kernels.bench.measure import interleaved
 from convit_kernels.bench.results import NotMeasured, Row, load
-from convit_kernels.cli import app
+from convit_kernels.cli import app, demo
 
 ROOT = Path(__file__).parent.parent
 COMMITTED = [path for path in sorted(ROOT.glob("benchmarks/results/*.json")) if not path.stem.endswith("-models")]
@@ -85,7 +85,11 @@ class TestTimesFaster:
 
     def test_nothing_else_divides_eager_by_ours(self):
         found = []
-        for path in [*ROOT.glob("convit_kernels/**/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*.py")]:
+        for path in [
+            *ROOT.glob("convit_kernels/**/*.py"),
+            *ROOT.glob("benchmarks/*.py"),
+            *ROOT.glob("examples/**/*.py"),
+        ]:
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
                     dividend = ast.unparse(node.left)
@@ -257,7 +261,7 @@ class TestFigures:
         path = write(results(row()), tmp_path / "r.json")
         result = CliRunner().invoke(app, ["report", str(path), "--out", str(tmp_path / "figures")])
         assert result.exit_code == 1
-        assert "needs matplotlib: pip install 'convit_kernels[bench]'" in result.output
+        assert re.search(r"report needs matplotlib: pip install '?matplotlib", result.stderr)
 
     def test_the_speed_up_is_the_ratio_of_the_tables(self):
         rows = disturbed_run()

@@ -1,4 +1,4 @@
-"""examples/sample_efficiency.py: what is run, what is kept, and what the tables say of it."""
+"""examples/training/study.py: what is run, what is kept, and what the tables say of it."""
 
 import dataclasses
 import json
@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sample_efficiency as study
-import train
+import sample_efficiency
+from training import files, study
+from training.config import Options
 from typer.testing import CliRunner
 
 RUN = study.Run("a", 0.1, 0)
-DOCS = Path(__file__).parent.parent / "docs" / "sample_efficiency"
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 def results(seeds: int = 3) -> dict[study.Run, dict[str, Any]]:
@@ -33,10 +34,8 @@ def test_a_study_has_both_models_at_each_ratio_and_every_row_at_a_tenth() -> Non
 
 
 def test_runs_differ_in_row_share_and_seed_alone() -> None:
-    configs = [study.run_config(run, study.Study(), Path("data"), Path("out")) for run in study.runs(study.Study())]
-    differ = {
-        field.name for field in dataclasses.fields(train.Config) if len({getattr(c, field.name) for c in configs}) > 1
-    }
+    configs = [study.run_options(run, study.Study(), Path("data"), Path("out")) for run in study.runs(study.Study())]
+    differ = {field.name for field in dataclasses.fields(Options) if len({getattr(c, field.name) for c in configs}) > 1}
     assert differ == {"output", "ablation", "sampling_ratio", "seed"}
 
 
@@ -52,47 +51,70 @@ def test_tables_give_mean_and_spread() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_files_are_written(idx_data: Path, tmp_path: Path) -> None:
-    config = study.run_config(RUN, study.Study(), idx_data, tmp_path)
-    text = study.write_results(study.Study(), results(), config, tmp_path)
-    assert (tmp_path / "tables.md").read_text() == text
-    assert study.read_results(tmp_path / study.RESULTS) == results()
-    assert (tmp_path / "figure.svg").stat().st_size > 0 and (tmp_path / "figure.png").stat().st_size > 0
+def test_files_are_written(tmp_path: Path) -> None:
+    study.write_results(results(), tmp_path)
+    assert study.read_results(tmp_path / study.RESULTS, study.Study()) == results()
+    assert "<svg" in (tmp_path / study.FIGURE).read_text()
+    with pytest.raises(ValueError, match="has other runs than this study: give the --quick and --seeds"):
+        study.read_results(tmp_path / study.RESULTS, study.QUICK)
 
 
-def test_the_committed_tables_are_what_the_committed_results_make(idx_data: Path) -> None:
-    found = study.read_results(DOCS / study.RESULTS)
-    assert set(found) == set(study.runs(study.Study()))
-    config = study.run_config(RUN, study.Study(), idx_data, Path("out"))
-    assert (DOCS / study.TABLES).read_text() == study.report(study.Study(), found, config)
+def test_tables_come_into_the_place_that_a_page_has_for_them(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"# Title\n\n{study.BEGIN}\nold\n{study.END}\n\nText.\n")
+    study.write_page(page, "| table |\n")
+    assert page.read_text() == f"# Title\n\n{study.BEGIN}\n\n| table |\n\n{study.END}\n\nText.\n"
+    page.write_text("# Title\n")
+    arguments = ["--quick", "--page", str(page), "--output", str(tmp_path / "out")]
+    result = CliRunner().invoke(sample_efficiency.app, arguments)
+    assert result.exit_code == 2 and f"{page} has no place for the tables" in result.stderr
+    assert page.read_text() == "# Title\n"
+
+
+def test_the_page_has_what_the_committed_results_make(tmp_path: Path) -> None:
+    """The command that publishes a study, on the results that are committed: it changes nothing."""
+    page = tmp_path / "study.md"
+    committed = (DOCS / "study.md").read_text()
+    page.write_text(committed.replace("| a | ConViT |", "| a | changed by hand |"))
+    arguments = ["--from", str(DOCS / "sample_efficiency" / study.RESULTS), "--page", str(page)]
+    result = CliRunner().invoke(sample_efficiency.app, [*arguments, "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.stderr
+    assert page.read_text() == committed
+    assert (tmp_path / study.RESULTS).read_bytes() == (DOCS / "sample_efficiency" / study.RESULTS).read_bytes()
 
 
 def test_a_finished_run_is_not_repeated(idx_data: Path, tmp_path: Path) -> None:
-    config = study.run_config(RUN, study.Study(steps=2), idx_data, tmp_path)
-    config = dataclasses.replace(config, sampling_ratio=1.0, batch_size=8)
-    result = study.execute(config)
-    assert study.finished(config) == result
-    before = os.stat(config.output / train.WEIGHTS)
-    assert study.run_all({RUN: config}, jobs=1) == {RUN: result}
-    assert os.stat(config.output / train.WEIGHTS) == before
-    assert not (config.output / train.CHECKPOINT).exists()
+    options = study.run_options(RUN, study.Study(steps=2), idx_data, tmp_path)
+    options = dataclasses.replace(options, sampling_ratio=1.0, batch_size=8)
+    result = study.execute(options)
+    assert study.finished(options) == result
+    before = os.stat(options.output / files.WEIGHTS)
+    assert study.run_all({RUN: options}, jobs=1) == {RUN: result}
+    assert os.stat(options.output / files.WEIGHTS) == before
+    assert not (options.output / files.CHECKPOINT).exists()
     with pytest.raises(ValueError, match="is of another study"):
-        study.finished(dataclasses.replace(config, steps=3))
+        study.finished(dataclasses.replace(options, steps=3))
 
 
-def test_bad_input(tmp_path: Path) -> None:
-    result = CliRunner().invoke(study.app, ["--data", str(tmp_path / "nothing"), "--output", str(tmp_path / "out")])
+def test_bad_input(idx_data: Path, tmp_path: Path) -> None:
+    arguments = ["--data", str(tmp_path / "nothing"), "--output", str(tmp_path / "out")]
+    result = CliRunner().invoke(sample_efficiency.app, arguments)
     assert result.exit_code == 2 and "apt-get install dataset-fashion-mnist" in result.stderr
+    result = CliRunner().invoke(sample_efficiency.app, [*arguments, "--from", str(tmp_path / "none.csv")])
+    assert result.exit_code == 2 and "none.csv" in result.stderr and result.stderr.count("\n") == 1
+    arguments[1] = str(idx_data)  # of its 96 images a hundredth is too few
+    result = CliRunner().invoke(sample_efficiency.app, arguments)
+    assert result.exit_code == 2 and "3 training images do not fill one step of 16" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_the_whole_of_it(idx_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run of a study of one step, in another process."""
-    monkeypatch.setattr(study, "QUICK", study.Study(ratios=(0.9, 1.0), seeds=1, steps=1))
+    monkeypatch.setattr(sample_efficiency, "QUICK", study.Study(ratios=(0.9, 1.0), seeds=1, steps=1))
     monkeypatch.setattr(study, "ABLATION_RATIO", 0.9)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     arguments = ["--data", str(idx_data), "--output", str(tmp_path), "--quick", "--jobs", "1"]
-    result = CliRunner().invoke(study.app, arguments)
+    result = CliRunner().invoke(sample_efficiency.app, arguments)
     assert result.exit_code == 0, result.output
     assert len(list(tmp_path.glob("*/result.json"))) == 2 * 2 + 5
     settings = json.loads((tmp_path / "g-0.9-seed0" / "result.json").read_text())["settings"]

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,10 +71,10 @@ def python(version: str) -> str | None:
     return None
 
 
-def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> None:
+def run(*command: str | Path, cwd: Path = ROOT, environment: Mapping[str, str] | None = None) -> None:
     """A command that ends the program where it fails."""
     print("+", *command, flush=True)
-    done = subprocess.run(list(map(str, command)), cwd=cwd, env=os.environ | environment, check=False)
+    done = subprocess.run(list(map(str, command)), cwd=cwd, env=os.environ | dict(environment or {}), check=False)
     if done.returncode:
         sys.exit(f"failed with {done.returncode}: {' '.join(map(str, command))}")
 
@@ -92,7 +93,16 @@ def check_sdist() -> None:
     """Its tests are all found, and it builds in isolation: with a torch that pip installs for the build alone."""
     folder = unpacked(SDIST)
     run(sys.executable, "-m", "pytest", "--collect-only", "-qq", "tests", cwd=folder)
-    run(sys.executable, "-m", "pytest", "--collect-only", "-qq", "tests/interpreted", cwd=folder, TRITON_INTERPRET="1")
+    run(
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-qq",
+        "tests/interpreted",
+        cwd=folder,
+        environment={"TRITON_INTERPRET": "1"},
+    )
     constraints = FOLDER / "constraints.txt"
     constraints.write_text("torch==2.13.0\n")
     wheels = FOLDER / "wheels"
@@ -100,7 +110,7 @@ def check_sdist() -> None:
     limits = {"PIP_CONSTRAINT": str(constraints), "PIP_BUILD_CONSTRAINT": str(constraints)}
     wish = {"CONVIT_KERNELS_CPU": "1", "CONVIT_KERNELS_CUDA": "0"}
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", wheels)
-    run(*pip, next(DIST.glob("*.tar.gz")), **limits, **wish)
+    run(*pip, next(DIST.glob("*.tar.gz")), environment=limits | wish)
     print(f"built in isolation: {next(wheels.glob('*.whl')).name}")
 
 
@@ -118,17 +128,17 @@ def check_wheel(name: str) -> None:
     no_compiler = {"PATH": str(venv / "bin"), "CC": "false", "CXX": "false"}
     (wheel,) = DIST.glob("*.whl")
     run(*pip, *environment.torch, *HELPERS)
-    run(*pip, f"{wheel}[cli]", **no_compiler)
+    run(*pip, f"{wheel}[cli]", environment=no_compiler)
     tree = unpacked(f"{name}-tests")
     shutil.rmtree(tree / "convit_kernels")
     program = "import convit_kernels as ck; print(ck.__version__, ck.__file__); assert 'site-packages' in ck.__file__"
-    run(own, "-W", "error::RuntimeWarning", "-c", program, cwd=tree, **no_compiler)
-    run(own, "-m", "convit_kernels", "info", cwd=tree, **no_compiler)
+    run(own, "-W", "error::RuntimeWarning", "-c", program, cwd=tree, environment=no_compiler)
+    run(own, "-m", "convit_kernels", "info", cwd=tree, environment=no_compiler)
     for packages, tests, less in environment.runs:
         if packages:
-            run(*pip, *packages, **no_compiler)
+            run(*pip, *packages, environment=no_compiler)
         files = [path for test in tests for path in sorted(tree.glob(f"tests/test_{test}.py"))]
-        run(own, "-m", "pytest", "-q", "-k", f"not ({less})", *files, cwd=tree, **no_compiler)
+        run(own, "-m", "pytest", "-q", "-k", f"not ({less})", *files, cwd=tree, environment=no_compiler)
     shutil.rmtree(venv)
 
 

@@ -21,7 +21,7 @@ def why_not(inputs: Inputs | None) -> str:
 
 
 def attention(inputs: Inputs) -> Tensor:
-    """One call of the op `gated_attention`, whose CPU kernel is in csrc/attention_cpu.cpp.
+    """One call of the op `gated_attention`, whose CPU kernel is in csrc/attention/op.cpp.
 
     Args:
         inputs: on the CPU, in any dtype and with any strides; shapes in `Inputs`. dropout_p must be 0 (see `why_not`).

@@ -41,18 +41,6 @@ def milliseconds(seconds: float) -> str:
     return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
 
 
-def check_device(device: str) -> None:
-    """Raises ValueError unless it names this machine's CPU or a GPU of it."""
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        kind = "unknown"
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} cannot be used: torch sees no GPU on this machine; cpu can")
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"the device must be cpu or cuda, but is {device!r}")
-
-
 def is_cuda(device: str) -> bool:
     return torch.device(device).type == "cuda"
 

@@ -23,7 +23,6 @@ from .measure import (
     Call,
     Peak,
     arithmetic_peak,
-    check_device,
     interleaved,
     is_cuda,
     memory_over_time,
@@ -262,13 +261,12 @@ def task(model: str, batch: int, backward: bool, layer: bool, device: str, dtype
     """The task that the command's options name.
 
     Raises:
-        ValueError: there is no such model, device or dtype; the text says what there is.
+        ValueError: there is no such model or dtype; the text says what there is.
     """
     if model not in ARCHITECTURES:
         raise ValueError(f"unknown model {model!r}: allowed are {', '.join(ARCHITECTURES)}")
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
-    check_device(device)
     return Task(
         "layer" if layer else "model", model, batch, backward=backward, dtype=getattr(torch, dtype), device=device
     )

@@ -1,0 +1,60 @@
+"""`info`: what can run on this machine, and what cannot and why."""
+
+import json
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+
+from .. import extension
+from ..attention import backends
+from ..bench.machine import machine
+from .output import console
+
+
+def native_libraries() -> dict[str, str]:
+    """What became of each native library: in use, loaded but of no use here, or the reason why it is missing."""
+    states = {}
+    for name, reason in extension.status.items():
+        if reason is None and name == "_C_cuda" and not torch.cuda.is_available():
+            build = "torch sees no GPU" if torch.version.cuda else "this torch has no CUDA"
+            states[name] = f"loaded, but idle: {build}"
+        else:
+            states[name] = reason or "in use"
+    return states
+
+
+def cpu_instruction_set() -> str | None:
+    """What the CPU's attention kernels use, or why they cannot; None without them."""
+    if extension.status["_C"] is not None:
+        return None
+    try:
+        return extension.instruction_set()
+    except RuntimeError as error:
+        return str(error)
+
+
+def command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """What can run on this machine, and what cannot and why."""
+    report: dict[str, Any] = {
+        "machine": machine(),
+        "backends": [backend._asdict() for backend in backends()],
+        "cpu_instruction_set": cpu_instruction_set(),
+        "native_libraries": native_libraries(),
+    }
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    table = Table(title="Machine", show_header=False)
+    for key, value in (report["machine"] | {"cpu kernels for": report["cpu_instruction_set"]}).items():
+        table.add_row(key, "none" if value is None else str(value))
+    console.print(table)
+    table = Table("backend", "can run", "why not", title="Backends, fastest first")
+    for backend in report["backends"]:
+        table.add_row(backend["name"], "yes" if backend["available"] else "no", backend["reason"])
+    console.print(table)
+    table = Table("library", "state", title="Native libraries")
+    for name, state in report["native_libraries"].items():
+        table.add_row(name, state)
+    console.print(table)

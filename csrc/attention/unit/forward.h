@@ -1,0 +1,414 @@
+// The forward: blocks of queries against all keys at once or chunk by chunk.
+#pragma once
+
+#include "blocks.h"
+#include "operands.h"
+#include "position.h"
+
+namespace convit_kernels {
+namespace {
+
+// A thread's memory for the forward, in one of two ways. Whole: a block has the scores of all keys, so that position is
+// mixed into the normalised map before its one product with the values. Chunked, for more tokens than that pays for: a
+// block has those of one chunk of keys and a running maximum, and position, the sum of whose products along each axis
+// is then cheap, has a sum of its own.
+template <typename Operands>
+struct ForwardMemory {
+  using T = typename Operands::Compute;
+  using Operand = typename Operands::Operand;
+
+  bool chunked;
+  int64_t channels;  // head_dim in whole vectors
+  int64_t depth;     // head_dim in whole vectors of operands
+  QueryBlocks<T> blocks;
+  KeyChunks chunks;
+  bool resident;  // all keys and values fit, and are copied once for many blocks; else chunk by chunk
+  Operand *keys, *values, *queries, *transposed, *map;
+  T *scores, *out, *x, *y, *row_factor, *col_factor;
+  T *largest, *sum, *shrink;  // chunked: of each query, so far, and what the last chunk changed
+  T* along_y;                 // chunked: of each grid row in the block and each column of keys, values summed along y
+  int64_t bytes;
+
+  ForwardMemory(const Problem& p, void* start) : ForwardMemory(p, start, chunks_pay(p)) {}
+
+ private:
+  static constexpr int64_t kMost = 2'000'000;
+
+  ForwardMemory(const Problem& p, void* start, bool chunked)
+      : chunked(chunked), channels(round_up(p.head_dim, kLanes<T>)),
+        depth(round_up(ceil_div(p.head_dim, Operands::kGroup), kLanes<T>)),
+        blocks(p.height * p.width, chunked ? chunked_vectors(p) : whole_vectors(p)), chunks(p.height * p.width) {
+    const int64_t tokens = p.height * p.width, columns = blocks.largest;
+    Memory memory(start);
+    const int64_t panel = minimum(columns, kTileVectors * kLanes<T>);
+    queries = memory.take<Operand>(panel * depth);
+    transposed = memory.take<Operand>(columns * depth);
+    map = memory.take<Operand>(Operands::kGroup == 1 ? 0 : chunks.size * panel);
+    out = memory.take<T>(columns * channels);
+    scores = memory.take<T>((chunked ? chunks.size : tokens) * panel);
+    x = memory.take<T>(columns);
+    y = memory.take<T>(columns);
+    row_factor = memory.take<T>(p.height * columns);
+    col_factor = memory.take<T>(p.width * columns);
+    largest = memory.take<T>(columns);
+    sum = memory.take<T>(columns);
+    shrink = memory.take<T>(columns);
+    along_y = memory.take<T>(chunked ? (ceil_div(columns - 1, p.width) + 1) * p.width * channels : 0);
+    const int64_t all = tokens * (depth + channels) * static_cast<int64_t>(sizeof(T));
+    resident = !chunked && memory.used() + all < kMost;
+    const int64_t copied = resident ? tokens : chunks.size;
+    keys = memory.take<Operand>(copied * depth);
+    values = memory.take<Operand>(ceil_div(copied, Operands::kGroup) * channels);
+    bytes = memory.used();
+  }
+
+  // Measured on Zen 3. Not on narrow grids: each grid row that a block touches adds a pass over the values.
+  static bool chunks_pay(const Problem& p) {
+    return p.height * p.width >= 1536 && p.width >= 8 && ForwardMemory(p, nullptr, true).bytes <= kMost;
+  }
+
+  // The more queries, the fewer times keys and values are read, for as long as queries and outputs stay in the caches.
+  static int64_t chunked_vectors(const Problem& p) {
+    const int64_t wanted = minimum(384, maximum(192, p.height * p.width / 16)) / kLanes<T>;
+    return maximum(kTileVectors, minimum(wanted, (1 << 17) / (round_up(p.head_dim, kLanes<T>) * kVectorBytes)));
+  }
+
+  // As many as one tile is wide, fewer where all scores of a block would take more than a megabyte.
+  static int64_t whole_vectors(const Problem& p) {
+    const int64_t rows = p.height * p.width + p.height + p.width;
+    return maximum(1, minimum(kTileVectors, (17 << 16) / (rows * kVectorBytes)));
+  }
+};
+
+// The keys and values of one image and head, as operands of products: chunk by chunk, or all from the beginning.
+template <typename Operands, typename S>
+class KeysAndValues {
+  using Operand = typename Operands::Operand;
+
+ public:
+  KeysAndValues(const Forward& p, int64_t image_head, const ForwardMemory<Operands>& m)
+      : memory_(m), head_dim_(p.head_dim), k_stride_(p.k.token), v_stride_(p.v.token),
+        k_(rows_of<S>(p, p.k, image_head)), v_(rows_of<S>(p, p.v, image_head)) {
+    if (m.resident) {
+      const int64_t tokens = p.height * p.width;
+      Operands::copy_rows(k_, k_stride_, tokens, head_dim_, m.keys, m.depth);
+      Operands::copy_values(v_, v_stride_, tokens, head_dim_, m.values, m.channels);
+    }
+  }
+
+  const Operand* keys(int64_t begin, int64_t rows) const {
+    if (memory_.resident) {
+      return memory_.keys + begin * memory_.depth;
+    }
+    Operands::copy_rows(k_ + begin * k_stride_, k_stride_, rows, head_dim_, memory_.keys, memory_.depth);
+    return memory_.keys;
+  }
+
+  const Operand* values(int64_t begin, int64_t rows) const {
+    if (memory_.resident) {
+      return memory_.values + begin / Operands::kGroup * memory_.channels;
+    }
+    Operands::copy_values(v_ + begin * v_stride_, v_stride_, rows, head_dim_, memory_.values, memory_.channels);
+    return memory_.values;
+  }
+
+  // Brings part `index` of `count` of the rows [begin, end) into the caches, while others are worked on.
+  // Inlined by force: GCC drops calls of functions that only prefetch.
+  CONVIT_INLINE void prefetch(int64_t begin, int64_t end, int64_t index, int64_t count) const {
+    constexpr int64_t line = 64 / sizeof(S);
+    const int64_t rows = maximum(0, end - begin);
+    for (int64_t row = begin + rows * index / count; row < begin + rows * (index + 1) / count; ++row) {
+      for (int64_t channel = 0; channel < head_dim_; channel += line) {
+        __builtin_prefetch(k_ + row * k_stride_ + channel);
+        __builtin_prefetch(v_ + row * v_stride_ + channel);
+      }
+    }
+  }
+
+ private:
+  const ForwardMemory<Operands>& memory_;
+  const int64_t head_dim_, k_stride_, v_stride_;
+  const S *k_, *v_;
+};
+
+// The rows of the head that is next, brought into the second-level cache while this one is worked on.
+template <typename S>
+class NextHead {
+ public:
+  NextHead(const Problem& p, int64_t image_head)
+      : there_(image_head + 1 < p.images * p.heads), head_dim_(p.head_dim), tensors_{p.q, p.k, p.v} {
+    for (int tensor = 0; there_ && tensor < 3; ++tensor) {
+      rows_[tensor] = rows_of<S>(p, tensors_[tensor], image_head + 1);
+    }
+  }
+
+  // When `begin` to `end` of `whole` squared steps are to be made: that part of the rows.
+  CONVIT_INLINE void prefetch(int64_t begin, int64_t end, int64_t whole) const {
+    constexpr int64_t line = 64 / sizeof(S);
+    for (int64_t row = begin / whole; there_ && row < end / whole; ++row) {
+      for (int tensor = 0; tensor < 3; ++tensor) {
+        const S* from = rows_[tensor] + row * tensors_[tensor].token;
+        for (int64_t channel = 0; channel < head_dim_ + line - 1; channel += line) {
+          __builtin_prefetch(from + minimum(channel, head_dim_ - 1), 0, 2);
+        }
+      }
+    }
+  }
+
+ private:
+  const bool there_;
+  const int64_t head_dim_;
+  const Strided tensors_[3];
+  const S* rows_[3];
+};
+
+// One block of queries of the forward.
+template <typename Operands, typename S>
+struct ForwardBlock {
+  using T = typename Operands::Compute;
+  using Operand = typename Operands::Operand;
+  static constexpr int kLane = kLanes<T>, kGroup = Operands::kGroup;
+
+  const Problem& p;
+  const ForwardMemory<Operands>& m;
+  const KeysAndValues<Operands, S>& source;
+  const NextHead<S>& next;
+  const int64_t begin, rows, columns;
+  const T gate, factor;
+
+  void load_queries(const S* q) const {
+    for (int64_t index = 0; index < panels(); ++index) {
+      const Panel at = panel(index);
+      Operands::copy_rows(q + (begin + at.begin) * p.q.token, p.q.token, at.rows, p.head_dim, m.queries, m.depth);
+      transpose_rows(m.queries, at.rows, m.depth, m.transposed + at.begin * m.depth, at.columns);
+    }
+  }
+
+  void whole() const {
+    const int64_t tokens = p.height * p.width;
+    const Panel all = panel(0);  // a block is no larger
+    for (int64_t key = 0; key < tokens; key += m.chunks.size) {
+      const int64_t keys = m.chunks.rows(key);
+      next.prefetch(begin * tokens + key * rows, begin * tokens + (key + keys) * rows, tokens);
+      score(all, source.keys(key, keys), keys, m.scores + key * columns);
+    }
+    for_each_group<T>(columns, [&](auto width, int64_t at) {
+      constexpr int vectors = decltype(width)::value;
+      T* scores = m.scores + at;
+      const auto largest = largest_of(scores + columns, columns, tokens - 1, factor, load_lanes<vectors>(scores));
+      store_lanes(m.largest + at, largest);
+      store_lanes(m.sum + at, exponentials(scores, columns, tokens, factor, largest));
+    });
+    for (int64_t key = 0; key < tokens; key += m.chunks.size) {
+      const int64_t keys = m.chunks.rows(key);
+      add_mixed(all, m.scores + key * columns, key, keys, source.values(key, keys));
+    }
+  }
+
+  void chunked() const {
+    const int64_t first_row = begin / p.width, grid_rows = (begin + rows - 1) / p.width - first_row + 1;
+    const auto first_query = [&](int64_t row) { return maximum(0, (first_row + row) * p.width - begin); };
+    for (int64_t at = 0; at < grid_rows * p.width * m.channels; at += kLane) {
+      store(m.along_y + at, Vector<T>{});
+    }
+    for_each_chunk(
+        [&](Panel panel, int64_t key, int64_t keys, const Operand* k, const Operand* v) {
+          score(panel, k, keys, m.scores);
+          update_softmax(panel, key, keys);
+          add_values(panel, m.scores, key, keys, v);
+        },
+        [&](int64_t key, int64_t keys, const Operand* v) {
+          for (int64_t row = 0; row < grid_rows; ++row) {
+            add_along_y(v, key, keys, m.row_factor + first_query(row), m.along_y + row * p.width * m.channels);
+          }
+        });
+    for (int64_t query = 0; query < rows; ++query) {
+      scale_row(query, (1 - gate) / m.sum[query]);
+    }
+    for (int64_t row = 0; row < grid_rows; ++row) {
+      const int64_t query = first_query(row), end = minimum(rows, first_query(row + 1));
+      multiply<true, true>(
+          m.col_factor + query, columns, m.along_y + row * p.width * m.channels, m.channels, m.out + query * m.channels,
+          m.channels, end - query, m.channels / kLane, p.width);
+    }
+    if (!is_finite()) {  // the sums apart may have been, or may have made NaN of the map's zero and infinity
+      for_each_chunk(
+          [&](Panel panel, int64_t key, int64_t keys, const Operand* k, const Operand* v) {
+            score(panel, k, keys, m.scores);
+            for_each_group<T>(panel.columns, [&](auto width, int64_t at) {
+              const auto largest = load_lanes<decltype(width)::value>(m.largest + panel.begin + at);
+              exponentials(m.scores + at, panel.columns, keys, factor, largest);
+            });
+            add_mixed(panel, m.scores, key, keys, v);
+          },
+          [](int64_t, int64_t, const Operand*) {});
+    }
+  }
+
+ private:
+  // Columns whose scores of a chunk of keys stay in the first-level cache.
+  struct Panel {
+    int64_t begin, columns, rows;
+  };
+
+  int64_t panels() const { return ceil_div(columns, kTileVectors * kLane); }
+
+  Panel panel(int64_t index) const {
+    const auto begin_of = [&](int64_t i) { return columns / kLane * i / panels() * kLane; };
+    const int64_t begin = begin_of(index), end = begin_of(index + 1);
+    return {begin, end - begin, minimum(end, rows) - begin};
+  }
+
+  // Calls function(panel, key, keys, k, v) for every chunk of keys and every panel of columns, then
+  // after_chunk(key, keys, v).
+  template <typename Function, typename AfterChunk>
+  void for_each_chunk(const Function& function, const AfterChunk& after_chunk) const {
+    const int64_t tokens = p.height * p.width;
+    for (int64_t key = 0; key < tokens; key += m.chunks.size) {
+      const int64_t keys = m.chunks.rows(key), next = key + keys;
+      const Operand *k = source.keys(key, keys), *v = source.values(key, keys);
+      for (int64_t index = 0; index < panels(); ++index) {
+        source.prefetch(next, minimum(next + m.chunks.size, tokens), index, panels());
+        function(panel(index), key, keys, k, v);
+      }
+      after_chunk(key, keys, v);
+    }
+  }
+
+  // The scores of a chunk of keys.
+  void score(Panel panel, const Operand* keys, int64_t count, T* to) const {
+    multiply<false, false>(
+        keys, m.depth, m.transposed + panel.begin * m.depth, panel.columns, to, panel.columns, count,
+        panel.columns / kLane, ceil_div(p.head_dim, kGroup));
+  }
+
+  // Adds a map's product with the values of a chunk of keys, the first of which sets the sum.
+  void add_values(Panel panel, const T* map, int64_t key, int64_t keys, const Operand* values) const {
+    const auto product = key == 0 ? multiply<true, false, T, Operand> : multiply<true, true, T, Operand>;
+    product(
+        Operands::map_of_keys(map, panel.columns, keys, m.map), panel.columns, values, m.channels,
+        m.out + panel.begin * m.channels, m.channels, panel.rows, m.channels / kLane, ceil_div(keys, kGroup));
+  }
+
+  // A chunk's e -> its part of the output.
+  void add_mixed(Panel panel, T* e, int64_t key, int64_t keys, const Operand* values) const {
+    for_each_group<T>(panel.columns, [&](auto width, int64_t at) {
+      const int64_t query = panel.begin + at;
+      auto content = load_lanes<decltype(width)::value>(m.sum + query);
+      for (Vector<T>& sum : content.at) {
+        sum = (1 - gate) / sum;
+      }
+      mix(e + at, panel.columns, m.row_factor + query, m.col_factor + query, columns, key, key + keys, p.width, content,
+          gate);
+    });
+    add_values(panel, e, key, keys, values);
+  }
+
+  // A chunk's scores -> e relative to the largest score so far, to which the sums until now are brought, too.
+  void update_softmax(Panel panel, int64_t key, int64_t keys) const {
+    // finite: of scores that are all -inf until now the sum is zero
+    const T lowest = factor < 0 ? Exponential<T>::kLargest : -Exponential<T>::kLargest;
+    for_each_group<T>(panel.columns, [&](auto width, int64_t at) {
+      constexpr int vectors = decltype(width)::value;
+      T* scores = m.scores + at;
+      const int64_t query = panel.begin + at;
+      Lanes<T, vectors> before;
+      for (int vector = 0; vector < vectors; ++vector) {
+        before.at[vector] = key == 0 ? broadcast(lowest) : load(m.largest + query + vector * kLane);
+      }
+      const auto largest = largest_of(scores, panel.columns, keys, factor, before);
+      const auto part = exponentials(scores, panel.columns, keys, factor, largest);
+      store_lanes(m.largest + query, largest);
+      for (int vector = 0; vector < vectors; ++vector) {
+        const int64_t column = query + vector * kLane;
+        const Vector<T> shrink = exp2<T>((before.at[vector] - largest.at[vector]) * factor);
+        store(m.shrink + column, shrink);
+        store(m.sum + column, key == 0 ? part.at[vector] : load(m.sum + column) * shrink + part.at[vector]);
+      }
+    });
+    for (int64_t query = panel.begin; key > 0 && query < panel.begin + panel.rows; ++query) {
+      if (m.shrink[query] != 1) {
+        scale_row(query, m.shrink[query]);
+      }
+    }
+  }
+
+  // Adds the values of some keys, times one query's row factor and the gate, to those of the other keys in their
+  // column.
+  void add_along_y(const Operand* values, int64_t begin, int64_t keys, const T* row_factor, T* along_y) const {
+    int64_t x = begin % p.width, y = begin / p.width;
+    for (int64_t key = 0; key < keys; ++key) {
+      const T weight = row_factor[y * columns] * gate;
+      T* to = along_y + x * m.channels;
+      for (int64_t channel = 0; channel < m.channels; channel += kLane) {
+        store(to + channel, load(to + channel) + Operands::value(values + channel, key, m.channels) * weight);
+      }
+      if (++x == p.width) {
+        x = 0;
+        ++y;
+      }
+    }
+  }
+
+  void scale_row(int64_t query, T scale) const {
+    T* row = m.out + query * m.channels;
+    for (int64_t channel = 0; channel < m.channels; channel += kLane) {
+      store(row + channel, load(row + channel) * scale);
+    }
+  }
+
+  bool is_finite() const {
+    Vector<T> zeros{};
+    for (int64_t at = 0; at < rows * m.channels; at += kLane) {
+      zeros += load(m.out + at) * T(0);
+    }
+    T zero = 0;
+    for (int lane = 0; lane < kLane; ++lane) {
+      zero += zeros[lane];
+    }
+    return zero == 0;
+  }
+};
+
+template <typename Operands, typename S>
+void forward(const Forward& p, int64_t image_head, int64_t block_begin, int64_t block_end, void* start) {
+  using T = typename Operands::Compute;
+  const FlushSubnormals flush;
+  const ForwardMemory<Operands> m(p, start);
+  const KeysAndValues<Operands, S> source(p, image_head, m);
+  const NextHead<S> next(p, image_head);
+  const int64_t head = image_head % p.heads;
+  const T gate = static_cast<const T*>(p.gate)[head], factor = static_cast<T>(p.scale * kLog2E);
+  const T* pos_weight = static_cast<const T*>(p.pos_weight) + 3 * head;
+  S* out = rows_of<S>(p, p.out, image_head);
+
+  for (int64_t index = block_begin; index < block_end; ++index) {
+    const int64_t begin = m.blocks.begin(index), rows = m.blocks.rows(index), columns = m.blocks.columns(index);
+    fill_coordinates(begin, columns, p.width, m.x, m.y);
+    fill_factor(pos_weight[0], pos_weight[2], p.width, m.x, columns, m.col_factor);
+    fill_factor(pos_weight[1], pos_weight[2], p.height, m.y, columns, m.row_factor);
+    const ForwardBlock<Operands, S> block{p, m, source, next, begin, rows, columns, gate, factor};
+    block.load_queries(rows_of<S>(p, p.q, image_head));
+    if (m.chunked) {
+      block.chunked();
+    } else {
+      block.whole();
+    }
+    if (p.lse != nullptr) {
+      T* lse = static_cast<T*>(p.lse) + image_head * p.height * p.width + begin;
+      for (int64_t query = 0; query < rows; ++query) {
+        lse[query] = m.largest[query] * static_cast<T>(p.scale) + log2(m.sum[query]) * static_cast<T>(kLn2);
+      }
+    }
+    write_rows(m.out, m.channels, 1, 0, T(1), out + begin * p.out.token, p.out.token, rows, p.head_dim);
+  }
+}
+
+template <typename Operands>
+Plan forward_plan(const Problem& p) {
+  const ForwardMemory<Operands> memory(p, nullptr);
+  return {memory.blocks.count, memory.bytes};
+}
+
+}  // namespace
+}  // namespace convit_kernels

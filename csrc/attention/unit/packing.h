@@ -1,0 +1,129 @@
+// Rows of a tensor, widened, copied and transposed: from memory to what the products read, and back.
+#pragma once
+
+#include "formats.h"
+
+namespace convit_kernels {
+namespace {
+
+template <typename S>
+S* rows_of(const Problem& p, const Strided& tensor, int64_t image_head) {
+  return static_cast<S*>(tensor.data) + image_head / p.heads * tensor.image + image_head % p.heads * tensor.head;
+}
+
+template <typename T, typename S>
+CONVIT_INLINE void widen_row(const S* from, int64_t count, T* to) {
+  for (int64_t channel = 0; channel < count; ++channel) {
+    to[channel] = widen(from[channel]);
+  }
+}
+
+#ifdef __F16C__
+CONVIT_INLINE void widen_row(const Half* from, int64_t count, float* to) {
+  int64_t channel = 0;
+  for (; channel + 8 <= count; channel += 8) {
+    _mm256_storeu_ps(to + channel, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + channel))));
+  }
+  for (; channel < count; ++channel) {
+    to[channel] = widen(from[channel]);
+  }
+}
+#endif
+
+// Rows that are `stride` apart, widened, to (rows, channels); those beyond head_dim are zero.
+template <typename T, typename S>
+void copy_rows(const S* from, int64_t stride, int64_t rows, int64_t head_dim, T* to, int64_t channels) {
+  for (int64_t row = 0; row < rows; ++row, from += stride, to += channels) {
+    widen_row(from, head_dim, to);
+    for (int64_t channel = head_dim; channel < channels; ++channel) {
+      to[channel] = 0;
+    }
+  }
+}
+
+// The inverse: `count` sources of that form, `distance` apart, are added up in order and multiplied by `factor`.
+template <typename T, typename S>
+void write_rows(
+    const T* from, int64_t channels, int64_t count, int64_t distance, T factor, S* to, int64_t stride, int64_t rows,
+    int64_t head_dim) {
+  for (int64_t row = 0; row < rows; ++row, from += channels, to += stride) {
+    for (int64_t channel = 0; channel < head_dim; ++channel) {
+      T sum = from[channel];
+      for (int64_t part = 1; part < count; ++part) {
+        sum += from[part * distance + channel];
+      }
+      narrow(sum * factor, to[channel]);
+    }
+  }
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define CONVIT_SHUFFLES
+#endif
+#endif
+
+#ifdef CONVIT_SHUFFLES
+template <int... kIndex>
+struct Indices {};
+template <int kCount, int... kIndex>
+struct CountUp : CountUp<kCount - 1, kCount - 1, kIndex...> {};
+template <int... kIndex>
+struct CountUp<0, kIndex...> {
+  using type = Indices<kIndex...>;
+};
+
+// Exchanges the off-diagonal quarters of blocks of 2 kStep x 2 kStep.
+template <int kStep, typename V, int... kLane>
+CONVIT_INLINE void exchange(V& upper, V& lower, Indices<kLane...>) {
+  constexpr int lanes = sizeof...(kLane);
+  const V first = __builtin_shufflevector(upper, lower, (kLane & kStep ? lanes + kLane - kStep : kLane)...);
+  lower = __builtin_shufflevector(upper, lower, (kLane & kStep ? lanes + kLane : kLane + kStep)...);
+  upper = first;
+}
+
+template <int kStep, typename V, int kCount>
+CONVIT_INLINE void transpose_square(V (&rows)[kCount]) {
+  if constexpr (kStep < kCount) {
+#pragma GCC unroll 16
+    for (int row = 0; row < kCount; ++row) {
+      if ((row & kStep) == 0) {
+        exchange<kStep>(rows[row], rows[row + kStep], typename CountUp<kCount>::type{});
+      }
+    }
+    transpose_square<2 * kStep>(rows);
+  }
+}
+#endif
+
+// (rows, channels) -> (channels, columns); channels and columns are whole vectors, rows beyond the last are zero.
+template <typename T>
+void transpose_rows(const T* from, int64_t rows, int64_t channels, T* to, int64_t columns) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t row = 0; row < columns; row += lanes) {
+    for (int64_t channel = 0; channel < channels; channel += lanes) {
+#ifdef CONVIT_SHUFFLES
+      Vector<T> square[lanes];
+#pragma GCC unroll 16
+      for (int lane = 0; lane < lanes; ++lane) {
+        square[lane] = row + lane < rows ? load(from + (row + lane) * channels + channel) : Vector<T>{};
+      }
+      transpose_square<1>(square);
+#pragma GCC unroll 16
+      for (int lane = 0; lane < lanes; ++lane) {
+        store(to + (channel + lane) * columns + row, square[lane]);
+      }
+#else
+      for (int lane = 0; lane < lanes; ++lane) {
+        for (int other = 0; other < lanes; ++other) {
+          to[(channel + other) * columns + row + lane] =
+              row + lane < rows ? from[(row + lane) * channels + channel + other] : T(0);
+        }
+      }
+#endif
+    }
+  }
+}
+
+}  // namespace
+}  // namespace convit_kernels

@@ -1,0 +1,30 @@
+// The attention's kernels for the CPU: one source for every instruction set. A unit defines the size of its vectors,
+// CONVIT_VECTOR_BYTES, and of its register tiles, CONVIT_TILE_ROWS x CONVIT_TILE_VECTORS, and includes this file.
+//
+// Scores are kept with the keys as rows and a block of queries as columns. A vector then holds one key's scores for
+// several queries, so that the softmax, its gradient and the positional part need no sum across a vector's lanes, and
+// keys and values are read in rows, as they come.
+#pragma once
+
+#include "backward.h"
+#include "forward.h"
+
+namespace convit_kernels {
+namespace {
+
+template <typename T, typename S, typename Operands = Numbers<T, S>>
+constexpr DtypeKernels dtype_kernels() {
+  return {
+      {forward_plan<Operands>, forward<Operands, S>},
+      {backward_plan<Operands>, accumulator_bytes<T>, backward<Operands, S>, backward_finish<T, S>}};
+}
+
+template <typename = void>
+constexpr AttentionKernels attention_kernels() {
+  return {
+      dtype_kernels<float, float>(), dtype_kernels<double, double>(), dtype_kernels<float, BFloat16>(),
+      dtype_kernels<float, Half>()};
+}
+
+}  // namespace
+}  // namespace convit_kernels

@@ -1,7 +1,0 @@
-// The attention's kernels for AVX2 with FMA: 16 registers of 8 floats.
-#define CONVIT_VECTOR_BYTES 32
-#define CONVIT_TILE_ROWS 4
-#define CONVIT_TILE_VECTORS 3
-#include "attention_unit.h"
-
-const convit_kernels::AttentionKernels convit_kernels::kAttentionAvx2 = convit_kernels::attention_kernels();

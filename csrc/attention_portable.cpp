@@ -1,8 +1,0 @@
-// The attention's kernels for any processor: vectors of 16 bytes, which compilers have for x86-64 (SSE2) and Arm
-// (NEON).
-#define CONVIT_VECTOR_BYTES 16
-#define CONVIT_TILE_ROWS 4
-#define CONVIT_TILE_VECTORS 2
-#include "attention_unit.h"
-
-const convit_kernels::AttentionKernels convit_kernels::kAttentionPortable = convit_kernels::attention_kernels();
