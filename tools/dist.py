@@ -59,11 +59,11 @@ def run(*command: str | Path) -> str:
 
 def build() -> tuple[Path, Path]:
     """Sdist and wheel, from the objects that are built already; nothing of an older build gets into the wheel."""
-    for folder in (DIST, ROOT / "build" / "wheel", *ROOT.glob("build/lib*"), *ROOT.glob("build/bdist*")):
+    for folder in (made := ROOT / "build" / "wheel", *ROOT.glob("build/lib*"), *ROOT.glob("build/bdist*")):
         shutil.rmtree(folder, ignore_errors=True)
-    made = ROOT / "build" / "wheel"
     run("build", "--no-isolation", "--sdist", "--wheel", "--outdir", made, ".")
     (sdist,), (wheel,) = made.glob("*.tar.gz"), made.glob("*.whl")
+    shutil.rmtree(DIST, ignore_errors=True)
     excluded = [argument for name in ("libtorch*", "libc10*") for argument in ("--exclude", name)]
     run("auditwheel", "repair", *excluded, "--strip", "--wheel-dir", DIST, wheel)
     shutil.copy(sdist, DIST)
