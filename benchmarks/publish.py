@@ -126,13 +126,16 @@ def readme_section(source: str, results: Results, on_gpu: bool) -> str:
     """
     name = Path(source).stem
     begin, end = MARKERS
-    best = best_of_ours(results, speed_ups(results.rows))
+    ratios = speed_ups(results.rows)
+    best = best_of_ours(results, ratios)
     lines = {f"{PARTS[part]}, {MODES[backward]}": line for (part, backward), line in best.items()}
     dtypes = ", ".join(sorted({row.dtype for row in results.rows}))
+    batches = sorted({row.batch for row in results.rows if row.tokens == 196 and row.key in ratios})
     text = [
         begin.format(source=source),
         f"Measured on {describe(results.machine, results.loads)}, {results.date}; {dtypes}, 14x14 patches.",
-        "Nothing is timed unless its results are right.",
+        f"The fastest of our backends; batches of {batches[0]} to {batches[-1]} images, fewer for larger work. Nothing is "
+        "timed unless its results are right.",
         "",
         *_ratio_lines(lines, IN_README),
         "",

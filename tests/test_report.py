@@ -217,7 +217,7 @@ class TestTables:
         lines = output.splitlines()
         assert [line.split()[:2] for line in lines if re.search(rf"\d{MARK} ", line)] == [["ours:", "composite"]]
         noise = math.exp(3 * noise_of_run(load(path).rows))
-        assert f"{MARK}: something disturbed eager or this row" in output
+        assert f"{MARK}: unreliable" in output
         assert f"more than {noise:.2f} times" in " ".join(output.split())
 
     def test_what_is_missing_is_said_once(self, tmp_path):

@@ -95,8 +95,8 @@ def footnote(ratios: Iterable[SpeedUp | None]) -> str:
     if not marked:
         return ""
     return (
-        f"{MARK}: something disturbed eager or this row: the two ratios, or eager's row over this one, differ by more "
-        f"than {marked[0].noise:.2f} times, {DEVIATIONS_OF_A_MARK:g} standard deviations of this run's noise."
+        f"{MARK}: unreliable: two ways of computing this ratio disagree by more than {marked[0].noise:.2f} times, "
+        f"{DEVIATIONS_OF_A_MARK:g} standard deviations of this run's noise."
     )
 
 
