@@ -134,8 +134,8 @@ def readme_section(source: str, results: Results, on_gpu: bool) -> str:
     text = [
         begin.format(source=source),
         f"Measured on {describe(results.machine, results.loads)}, {results.date}; {dtypes}, 14x14 patches.",
-        f"The fastest of our backends; batches of {batches[0]} to {batches[-1]} images, fewer for larger work. Nothing is "
-        "timed unless its results are right.",
+        f"The fastest of our backends; batches of {batches[0]} to {batches[-1]} images, fewer for larger work.",
+        "Nothing is timed unless its results are right.",
         "",
         *_ratio_lines(lines, IN_README),
         "",
