@@ -63,14 +63,15 @@ struct BackwardMemory {
 
 // Turns one vector of queries' scores and the gradients of the map into the mixed map A and the gradients of the
 // scores, in place, and adds to the gradients of the positional weights and the gate, before their factors.
-template <typename T>
+template <typename Operands, typename T = typename Operands::Compute>
 void softmax_backward(
     T* scores, T* d_scores, const T* row_factor, const T* col_factor, int64_t columns, int64_t height, int64_t width,
     T score_factor, T gate, ScalarGradients& sums) {
   const int64_t row_table = height * columns, col_table = width * columns;
   // not from the forward's log-sum-exp: that of large logits has lost digits which their differences still have
   const auto largest = largest_of(scores + columns, columns, height * width - 1, score_factor, load_lanes<1>(scores));
-  const Vector<T> inverse = 1 / exponentials(scores, columns, height * width, score_factor, largest).at[0];
+  const Vector<T> inverse =
+      1 / exponentials(scores, columns, height * width, score_factor, largest, Operands::kExponential).at[0];
 
   Vector<T> content_sum{}, position_sum{}, along_x{}, along_y{}, squares{};
   for (int64_t y = 0; y < height; ++y) {
@@ -156,7 +157,7 @@ void backward(
     fill_factor<true>(pos_weight[0], pos_weight[2], p.width, m.x, columns, m.col_factor);
     fill_factor<true>(pos_weight[1], pos_weight[2], p.height, m.y, columns, m.row_factor);
     for (int64_t at = 0; at < columns; at += lanes) {
-      softmax_backward(
+      softmax_backward<Operands>(
           m.scores + at, m.d_scores + at, m.row_factor + at, m.col_factor + at, columns, p.height, p.width, factor,
           gate, *sums);
     }

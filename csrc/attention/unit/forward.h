@@ -197,7 +197,7 @@ struct ForwardBlock {
       T* scores = m.scores + at;
       const auto largest = largest_of(scores + columns, columns, tokens - 1, factor, load_lanes<vectors>(scores));
       store_lanes(m.largest + at, largest);
-      store_lanes(m.sum + at, exponentials(scores, columns, tokens, factor, largest));
+      store_lanes(m.sum + at, exponentials(scores, columns, tokens, factor, largest, Operands::kExponential));
     });
     for (int64_t key = 0; key < tokens; key += m.chunks.size) {
       const int64_t keys = m.chunks.rows(key);
@@ -237,7 +237,7 @@ struct ForwardBlock {
             score(panel, k, keys, m.scores);
             for_each_group<T>(panel.columns, [&](auto width, int64_t at) {
               const auto largest = load_lanes<decltype(width)::value>(m.largest + panel.begin + at);
-              exponentials(m.scores + at, panel.columns, keys, factor, largest);
+              exponentials(m.scores + at, panel.columns, keys, factor, largest, Operands::kExponential);
             });
             add_mixed(panel, m.scores, key, keys, v);
           },
@@ -317,7 +317,7 @@ struct ForwardBlock {
         before.at[vector] = key == 0 ? broadcast(lowest) : load(m.largest + query + vector * kLane);
       }
       const auto largest = largest_of(scores, panel.columns, keys, factor, before);
-      const auto part = exponentials(scores, panel.columns, keys, factor, largest);
+      const auto part = exponentials(scores, panel.columns, keys, factor, largest, Operands::kExponential);
       store_lanes(m.largest + query, largest);
       for (int vector = 0; vector < vectors; ++vector) {
         const int64_t column = query + vector * kLane;

@@ -18,6 +18,7 @@ struct Numbers {
   using Compute = T;
   using Operand = T;
   static constexpr int kGroup = 1;  // numbers in an operand
+  static constexpr auto& kExponential = Exponential<T>::kPolynomial;
 
   static void copy_rows(const S* from, int64_t stride, int64_t rows, int64_t head_dim, T* to, int64_t channels) {
     convit_kernels::copy_rows(from, stride, rows, head_dim, to, channels);
@@ -36,6 +37,7 @@ struct Pairs {
   using Compute = float;
   using Operand = uint32_t;
   static constexpr int kGroup = 2;
+  static constexpr auto& kExponential = Exponential<float>::kShort;
 
   static void copy_rows(
       const BFloat16* from, int64_t stride, int64_t rows, int64_t head_dim, uint32_t* to, int64_t depth) {

@@ -34,7 +34,7 @@ void fill_factor(T linear, T quadratic, int64_t length, const T* queries, int64_
     }
     const T base = static_cast<T>(kLog2E);
     const Lanes<T, 1> largest = largest_of(factor + columns, columns, length - 1, base, load_lanes<1>(factor));
-    const Vector<T> scale = 1 / exponentials(factor, columns, length, base, largest).at[0];
+    const Vector<T> scale = 1 / exponentials(factor, columns, length, base, largest, Exponential<T>::kPolynomial).at[0];
     Vector<T> mean{}, mean_square{};
     for (int64_t key = 0; key < length; ++key) {
       const Vector<T> offset = static_cast<T>(key) - query;

@@ -112,6 +112,8 @@ struct Exponential<float> {
   // minimax in the relative error on [-1/2, 1/2]: 7.5e-8
   static constexpr float kPolynomial[] = {1.0000000716546416f,  0.6931469670652649f,   0.2402211972396918f,
                                           0.05550713272875391f, 0.009675541331021392f, 0.0013276472167819944f};
+  // of degree 3: 7.5e-5, a twenty-sixth of what rounding to bfloat16 adds
+  static constexpr float kShort[] = {0.99992807f, 0.69326099f, 0.24261112f, 0.05517167f};
 };
 
 template <>
@@ -137,20 +139,24 @@ struct Exponential<double> {
       1.3691488853904129e-12};
 };
 
-template <typename T>
-CONVIT_INLINE Vector<T> exp2(Vector<T> t) {
+template <typename T, int kTerms>
+CONVIT_INLINE Vector<T> exp2(Vector<T> t, const T (&polynomial)[kTerms]) {
   using E = Exponential<T>;
   t = at_least(broadcast(E::kLowest), t);
   const Vector<T> shifted = t + E::kMagic;
   const Vector<T> fraction = t - (shifted - E::kMagic);
-  constexpr int degree = sizeof(E::kPolynomial) / sizeof(T) - 1;
-  Vector<T> sum = broadcast(E::kPolynomial[degree]);
+  Vector<T> sum = broadcast(polynomial[kTerms - 1]);
 #pragma GCC unroll 16
-  for (int power = degree - 1; power >= 0; --power) {
-    sum = sum * fraction + E::kPolynomial[power];
+  for (int power = kTerms - 2; power >= 0; --power) {
+    sum = sum * fraction + polynomial[power];
   }
   using Bits = Vector<typename E::Bits>;
   return sum * reinterpret_cast<Vector<T>>(reinterpret_cast<Bits>(shifted) << E::kMantissa);
+}
+
+template <typename T>
+CONVIT_INLINE Vector<T> exp2(Vector<T> t) {
+  return exp2<T>(t, Exponential<T>::kPolynomial);
 }
 
 inline float log2(float x) { return __builtin_log2f(x); }

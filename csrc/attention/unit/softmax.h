@@ -56,9 +56,10 @@ CONVIT_INLINE Lanes<T, kVectors> largest_of(
 
 // Scores -> e = 2^(factor * (score - largest)); returns the sums of e. Subtracting first keeps differences of large
 // scores exact.
-template <int kVectors, typename T>
+template <int kVectors, typename T, int kTerms>
 CONVIT_INLINE Lanes<T, kVectors> exponentials(
-    T* scores, int64_t columns, int64_t tokens, T factor, const Lanes<T, kVectors>& largest) {
+    T* scores, int64_t columns, int64_t tokens, T factor, const Lanes<T, kVectors>& largest,
+    const T (&polynomial)[kTerms]) {
   Lanes<T, kVectors> sum{};
   for (int64_t begin = 0; begin < tokens; begin += kChunk) {  // sums of sums: what rounding adds up is shorter
     Lanes<T, kVectors> part{};
@@ -67,7 +68,7 @@ CONVIT_INLINE Lanes<T, kVectors> exponentials(
 #pragma GCC unroll 4
       for (int vector = 0; vector < kVectors; ++vector) {
         T* at = scores + key * columns + vector * kLanes<T>;
-        const Vector<T> e = exp2<T>((load(at) - largest.at[vector]) * factor);
+        const Vector<T> e = exp2<T>((load(at) - largest.at[vector]) * factor, polynomial);
         part.at[vector] += e;
         store(at, e);
       }
