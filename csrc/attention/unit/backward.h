@@ -135,6 +135,7 @@ void backward(
     Operands::copy_values(k, p.k.token, tokens, head_dim, m.key_values, channels);
   }
 
+  const NextHead<S, 4> next(p, {p.q, p.k, p.v, p.d_out}, image_head);
   for (int64_t block = block_begin; block < block_end; ++block) {
     const int64_t begin = m.blocks.begin(block), rows = m.blocks.rows(block), columns = m.blocks.columns(block);
     // A product of keys or values with the block's queries or gradients, which are then laid out for the sums over
@@ -166,6 +167,7 @@ void backward(
         block == block_begin ? multiply<false, false, T, Operand> : multiply<false, true, T, Operand>;
     for (int64_t key = 0; key < tokens; key += m.chunks.size) {
       const int64_t keys = m.chunks.rows(key);
+      next.prefetch(begin * tokens + key * rows, begin * tokens + (key + keys) * rows, tokens);
       const auto scatter = [&](const T* map, const Operand* from, T* to) {
         accumulate(
             Operands::map_of_queries(map + key * columns, columns, rows, keys, m.map), columns / group, from, channels,

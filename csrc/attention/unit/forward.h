@@ -131,37 +131,6 @@ class KeysAndValues {
   const S *k_, *v_;
 };
 
-// The rows of the head that is next, brought into the second-level cache while this one is worked on.
-template <typename S>
-class NextHead {
- public:
-  NextHead(const Problem& p, int64_t image_head)
-      : there_(image_head + 1 < p.images * p.heads), head_dim_(p.head_dim), tensors_{p.q, p.k, p.v} {
-    for (int tensor = 0; there_ && tensor < 3; ++tensor) {
-      rows_[tensor] = rows_of<S>(p, tensors_[tensor], image_head + 1);
-    }
-  }
-
-  // When `begin` to `end` of `whole` squared steps are to be made: that part of the rows.
-  CONVIT_INLINE void prefetch(int64_t begin, int64_t end, int64_t whole) const {
-    constexpr int64_t line = 64 / sizeof(S);
-    for (int64_t row = begin / whole; there_ && row < end / whole; ++row) {
-      for (int tensor = 0; tensor < 3; ++tensor) {
-        const S* from = rows_[tensor] + row * tensors_[tensor].token;
-        for (int64_t channel = 0; channel < head_dim_ + line - 1; channel += line) {
-          __builtin_prefetch(from + minimum(channel, head_dim_ - 1), 0, 2);
-        }
-      }
-    }
-  }
-
- private:
-  const bool there_;
-  const int64_t head_dim_;
-  const Strided tensors_[3];
-  const S* rows_[3];
-};
-
 // One block of queries of the forward.
 template <typename Operands, typename S>
 struct ForwardBlock {
@@ -172,7 +141,7 @@ struct ForwardBlock {
   const Problem& p;
   const ForwardMemory<Operands>& m;
   const KeysAndValues<Operands, S>& source;
-  const NextHead<S>& next;
+  const NextHead<S, 3>& next;
   const int64_t begin, rows, columns;
   const T gate, factor;
 
@@ -376,7 +345,7 @@ void forward(const Forward& p, int64_t image_head, int64_t block_begin, int64_t 
   const FlushSubnormals flush;
   const ForwardMemory<Operands> m(p, start);
   const KeysAndValues<Operands, S> source(p, image_head, m);
-  const NextHead<S> next(p, image_head);
+  const NextHead<S, 3> next(p, {p.q, p.k, p.v}, image_head);
   const int64_t head = image_head % p.heads;
   const T gate = static_cast<const T*>(p.gate)[head], factor = static_cast<T>(p.scale * kLog2E);
   const T* pos_weight = static_cast<const T*>(p.pos_weight) + 3 * head;

@@ -11,6 +11,39 @@ S* rows_of(const Problem& p, const Strided& tensor, int64_t image_head) {
   return static_cast<S*>(tensor.data) + image_head / p.heads * tensor.image + image_head % p.heads * tensor.head;
 }
 
+// Some tensors' rows of the head that is next, brought into the second-level cache while this one is worked on.
+template <typename S, int kTensors>
+class NextHead {
+ public:
+  NextHead(const Problem& p, const Strided (&tensors)[kTensors], int64_t image_head)
+      : there_(image_head + 1 < p.images * p.heads), head_dim_(p.head_dim) {
+    for (int tensor = 0; there_ && tensor < kTensors; ++tensor) {
+      rows_[tensor] = rows_of<S>(p, tensors[tensor], image_head + 1);
+      strides_[tensor] = tensors[tensor].token;
+    }
+  }
+
+  // The part of them that belongs to the steps from `begin` to `end`, where there are `steps` for each row.
+  // Inlined by force: GCC drops calls of functions that only prefetch.
+  CONVIT_INLINE void prefetch(int64_t begin, int64_t end, int64_t steps) const {
+    constexpr int64_t line = 64 / sizeof(S);
+    for (int64_t row = begin / steps; there_ && row < end / steps; ++row) {
+      for (int tensor = 0; tensor < kTensors; ++tensor) {
+        const S* from = rows_[tensor] + row * strides_[tensor];
+        for (int64_t channel = 0; channel < head_dim_ + line - 1; channel += line) {
+          __builtin_prefetch(from + minimum(channel, head_dim_ - 1), 0, 2);
+        }
+      }
+    }
+  }
+
+ private:
+  const bool there_;
+  const int64_t head_dim_;
+  const S* rows_[kTensors];
+  int64_t strides_[kTensors];
+};
+
 template <typename T, typename S>
 CONVIT_INLINE void widen_row(const S* from, int64_t count, T* to) {
   for (int64_t channel = 0; channel < count; ++channel) {
