@@ -24,6 +24,12 @@ def instruction_set(request, monkeypatch):
     assert extension.instruction_set() == request.param
 
 
+@pytest.fixture(autouse=True)
+def second_level_cache(monkeypatch):
+    """A small one, which 768 tokens fill: the same paths are taken on every machine."""
+    monkeypatch.setenv("CONVIT_KERNELS_L2", str(1 << 18))
+
+
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()
@@ -319,6 +325,12 @@ class TestBlocks:
         found, expected = (function(inputs, (37, 45), scale) for function in (attend, eager_attention))
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
+    @pytest.mark.parametrize("cache", ["65536", "100000000", ""])
+    def test_caches_of_any_size(self, cache, monkeypatch):
+        monkeypatch.setenv("CONVIT_KERNELS_L2", cache)
+        check((14, 14), head_dim=16)
+        check((30, 31), torch.bfloat16, batch=1, heads=1, head_dim=13, draws=1)
+
     def test_the_largest_logit_of_a_negative_scale(self):
         check((5, 7), head_dim=16, scale=-0.25, logits=1e4)
 
@@ -444,7 +456,9 @@ class TestMemory:
         ("side", "head_dim", "dtype"),
         [(14, 48, "float32"), (64, 48, "float32"), (64, 256, "float64"), (128, 48, "float32"), (128, 8, "float64")],
     )
-    def test_a_forward_takes_at_most_two_megabytes_a_thread(self, side, head_dim, dtype):
+    @pytest.mark.parametrize("cache", ["", str(1 << 18), str(1 << 30)])
+    def test_a_forward_takes_at_most_two_megabytes_a_thread(self, side, head_dim, dtype, cache, monkeypatch):
+        monkeypatch.setenv("CONVIT_KERNELS_L2", cache)
         program = MEMORY.format(side=side, head_dim=head_dim, dtype=dtype)
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         assert int(done.stdout) <= 2048 + 256  # the process itself grows a little, too
@@ -529,6 +543,12 @@ class TestChoice:
         assert torch.equal(*results)
         with pytest.raises(RuntimeError, match="the kernels have no dropout"):
             ck.gpsa_attention(*inputs[:5], grid_size=(3, 4), dropout_p=0.4, backend="cpu")
+
+    @pytest.mark.parametrize("bytes", ["large", "0", "-1", "1e6"])
+    def test_a_cache_that_is_no_size_is_refused(self, bytes, monkeypatch):
+        monkeypatch.setenv("CONVIT_KERNELS_L2", bytes)
+        with pytest.raises(RuntimeError, match=f"CONVIT_KERNELS_L2={bytes}: give the bytes of a core's second-level"):
+            attend(make_inputs(1, 1, (2, 2), 4), (2, 2))
 
     @pytest.mark.parametrize("name", ["avx1024", "AVX2"])
     def test_an_unknown_instruction_set_is_refused_with_those_there_are(self, name, monkeypatch):

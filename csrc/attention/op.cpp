@@ -22,6 +22,10 @@
 #include <tuple>
 #include <vector>
 
+#ifdef __linux__
+#include <unistd.h>
+#endif
+
 namespace convit_kernels {
 namespace {
 
@@ -117,6 +121,23 @@ const DtypeKernels& kernels_for(const Tensor& q) {
   }
 }
 
+// Bytes of a core's second-level cache: what CONVIT_KERNELS_L2 says, read at each call, else the system.
+int64_t cache_bytes() {
+  if (const char* wish = std::getenv("CONVIT_KERNELS_L2"); wish != nullptr && *wish != '\0') {
+    char* end = nullptr;
+    const long long bytes = std::strtoll(wish, &end, 10);
+    STD_TORCH_CHECK(
+        *end == '\0' && bytes > 0, "CONVIT_KERNELS_L2=", wish, ": give the bytes of a core's second-level cache");
+    return bytes;
+  }
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+  static const int64_t found = 0;
+#endif
+  return found > 0 ? found : int64_t{1} << 20;
+}
+
 // Memory of one thread.
 class Scratch {
  public:
@@ -165,6 +186,7 @@ void fill_problem(
   p.width = width;
   p.head_dim = q.size(3);
   p.scale = scale;
+  p.cache = cache_bytes();
   p.q = strided(q);
   p.k = strided(k);
   p.v = strided(v);

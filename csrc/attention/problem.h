@@ -25,6 +25,7 @@ struct Strided {
 // "T" is what is computed in: double for float64 tensors, else float.
 struct Problem {
   int64_t images, heads, height, width, head_dim;
+  int64_t cache;  // bytes of a core's second-level cache, which blocks are cut for
   double scale;
   const void* gate;        // (heads,) T, after the sigmoid
   const void* pos_weight;  // (heads, 3) T

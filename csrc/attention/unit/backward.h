@@ -54,10 +54,11 @@ struct BackwardMemory {
     bytes = memory.used();
   }
 
-  // The more queries, the fewer times dk and dv are read and written; fewer where the scores would take megabytes.
+  // The more queries, the fewer times dk and dv are read and written, for as long as the scores of a block and their
+  // gradients take no more than half of the cache.
   static int64_t block_vectors(const Problem& p) {
     const int64_t rows = 2 * p.height * p.width + 3 * (p.height + p.width);
-    return maximum(kTileVectors, minimum(3 * kTileVectors, (1 << 21) / (rows * kVectorBytes)));
+    return maximum(kTileVectors, minimum(3 * kTileVectors, p.cache / 2 / (rows * kVectorBytes)));
   }
 };
 

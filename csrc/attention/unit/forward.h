@@ -32,7 +32,7 @@ struct ForwardMemory {
   ForwardMemory(const Problem& p, void* start) : ForwardMemory(p, start, chunks_pay(p)) {}
 
  private:
-  static constexpr int64_t kMost = 2'000'000;
+  static constexpr int64_t kMost = 2'000'000, kTokensInCache = 3;  // the latter in a KiB
 
   ForwardMemory(const Problem& p, void* start, bool chunked)
       : chunked(chunked), channels(round_up(p.head_dim, kLanes<T>)),
@@ -62,9 +62,12 @@ struct ForwardMemory {
     bytes = memory.used();
   }
 
-  // Measured on Zen 3. Not on narrow grids: each grid row that a block touches adds a pass over the values.
+  // From as many tokens on as fill the second-level cache with scores, keys and values: 1536 where it has 512 KiB
+  // (measured on Zen 3), between 2500 and 4096 where it has 1 MiB (Zen 4). Not on narrow grids: each grid row that a
+  // block touches adds a pass over the values.
   static bool chunks_pay(const Problem& p) {
-    return p.height * p.width >= 1536 && p.width >= 8 && ForwardMemory(p, nullptr, true).bytes <= kMost;
+    return p.height * p.width >= kTokensInCache * (p.cache >> 10) && p.width >= 8 &&
+        ForwardMemory(p, nullptr, true).bytes <= kMost;
   }
 
   // The more queries, the fewer times keys and values are read, for as long as queries and outputs stay in the caches.
