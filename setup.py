@@ -244,7 +244,7 @@ setup(
                 "csrc/module_cpu.cpp",
                 "csrc/tables/cpu.cpp",
                 "csrc/attention/op.cpp",
-                "csrc/attention/instruction_set.cpp",
+                "csrc/attention/units.cpp",
             ],
             depends=list(UNITS),
         ),

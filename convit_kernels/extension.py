@@ -84,3 +84,12 @@ def instruction_set() -> str:
         RuntimeError: that variable names none of `instruction_sets()`.
     """
     return str(importlib.import_module("._C", __package__).instruction_set())
+
+
+def units_by_dtype() -> dict[str, str]:
+    """The instruction set whose kernels serve each dtype: one with a few of its own leaves the rest to its base.
+
+    Raises:
+        RuntimeError: as `instruction_set`.
+    """
+    return dict(importlib.import_module("._C", __package__).units_by_dtype())

@@ -47,6 +47,14 @@ def check(grid, dtype=torch.float32, *, batch=2, heads=3, head_dim=24, scale=Non
     assert_as_exact(with_gradients(lambda i: attend(i, grid, scale), inputs), expected)
 
 
+@pytest.mark.usefixtures("instruction_set")
+def test_each_dtype_is_served_by_the_set_in_use_or_by_its_base():
+    name = extension.instruction_set()
+    served = {"avx512_bf16": dict.fromkeys(["float32", "float64", "float16"], "avx512") | {"bfloat16": name}}
+    every = dict.fromkeys(["float32", "float64", "bfloat16", "float16"], name)
+    assert extension.units_by_dtype() == served.get(name, every)
+
+
 @pytest.mark.equivalence
 @pytest.mark.usefixtures("instruction_set")
 class TestEquivalence:

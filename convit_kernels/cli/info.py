@@ -25,14 +25,14 @@ def native_libraries() -> dict[str, str]:
     return states
 
 
-def cpu_instruction_set() -> str | None:
-    """What the CPU's attention kernels use, or why they cannot; None without them."""
+def cpu_kernels() -> dict[str, str]:
+    """The instruction set that serves each dtype on the CPU, or why there is none; nothing without the library."""
     if extension.status["_C"] is not None:
-        return None
+        return {}
     try:
-        return extension.instruction_set()
+        return extension.units_by_dtype()
     except RuntimeError as error:
-        return str(error)
+        return {"cannot run": str(error)}
 
 
 def command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
@@ -40,14 +40,15 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
     report: dict[str, Any] = {
         "machine": machine(),
         "backends": [backend._asdict() for backend in backends()],
-        "cpu_instruction_set": cpu_instruction_set(),
+        "cpu_kernels": cpu_kernels(),
         "native_libraries": native_libraries(),
     }
     if as_json:
         print(json.dumps(report, indent=2))
         return
     table = Table(title="Machine", show_header=False)
-    for key, value in (report["machine"] | {"cpu kernels for": report["cpu_instruction_set"]}).items():
+    kernels = {f"CPU kernels, {dtype}": name for dtype, name in report["cpu_kernels"].items()}
+    for key, value in (report["machine"] | kernels).items():
         table.add_row(key, "none" if value is None else str(value))
     console.print(table)
     table = Table("backend", "can run", "why not", title="Backends, fastest first")

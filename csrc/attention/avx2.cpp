@@ -4,4 +4,4 @@
 #define CONVIT_TILE_VECTORS 3
 #include "unit/unit.h"
 
-const convit_kernels::AttentionKernels convit_kernels::kAttentionAvx2 = convit_kernels::attention_kernels();
+const convit_kernels::Unit convit_kernels::kAvx2 = convit_kernels::complete_unit("avx2");

@@ -4,5 +4,5 @@
 #define CONVIT_TILE_VECTORS 3
 #include "unit/unit.h"
 
-const convit_kernels::DtypeKernels convit_kernels::kBFloat16Avx512 =
-    convit_kernels::dtype_kernels<float, convit_kernels::BFloat16, convit_kernels::Pairs>();
+const convit_kernels::Unit convit_kernels::kAvx512Bf16 = {
+    "avx512_bf16", &kAvx512, {{}, {}, dtype_kernels<float, BFloat16, Pairs>(), {}}};

@@ -1,6 +1,6 @@
 // The attention's ops on the CPU: checks, choice of the instruction set, and division of the work among threads.
 #include "problem.h"
-#include "instruction_set.h"
+#include "units.h"
 #include "../op_namespace.h"
 
 #include <torch/csrc/stable/macros.h>
@@ -108,17 +108,19 @@ std::vector<T> parameters(const Tensor& pos_weight, const Tensor& gate) {
 }
 
 const DtypeKernels& kernels_for(const Tensor& q) {
-  const AttentionKernels& kernels = *instruction_set().kernels;
-  switch (q.scalar_type()) {
-    case ScalarType::Double:
-      return kernels.float64;
-    case ScalarType::BFloat16:
-      return kernels.bfloat16;
-    case ScalarType::Half:
-      return kernels.float16;
-    default:
-      return kernels.float32;
-  }
+  const auto dtype = [&] {
+    switch (q.scalar_type()) {
+      case ScalarType::Double:
+        return kFloat64;
+      case ScalarType::BFloat16:
+        return kBFloat16;
+      case ScalarType::Half:
+        return kFloat16;
+      default:
+        return kFloat32;
+    }
+  }();
+  return unit_for(unit(), dtype).kernels[dtype];
 }
 
 // Bytes of a core's second-level cache: what CONVIT_KERNELS_L2 says, read at each call, else the system.

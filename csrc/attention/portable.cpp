@@ -5,4 +5,4 @@
 #define CONVIT_TILE_VECTORS 2
 #include "unit/unit.h"
 
-const convit_kernels::AttentionKernels convit_kernels::kAttentionPortable = convit_kernels::attention_kernels();
+const convit_kernels::Unit convit_kernels::kPortable = convit_kernels::complete_unit("portable");

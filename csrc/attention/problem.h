@@ -73,14 +73,18 @@ struct DtypeKernels {
   BackwardKernel backward;
 };
 
-struct AttentionKernels {
-  DtypeKernels float32, float64, bfloat16, float16;
+enum Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kDtypes };
+
+// What is compiled for one instruction set: only what it does better than its base, which has the rest.
+struct Unit {
+  const char* name;
+  const Unit* base;
+  DtypeKernels kernels[kDtypes];  // those that it leaves to its base are null
 };
 
 #ifdef CONVIT_KERNELS_X86
-extern const AttentionKernels kAttentionAvx512, kAttentionAvx2;
-extern const DtypeKernels kBFloat16Avx512;  // with the dot products of AVX512-BF16
+extern const Unit kAvx512Bf16, kAvx512, kAvx2;
 #endif
-extern const AttentionKernels kAttentionPortable;
+extern const Unit kPortable;
 
 }  // namespace convit_kernels

@@ -33,3 +33,8 @@ def instruction_set() -> str:
     if not _on_cpu:
         raise RuntimeError(status["_C"])
     return str(_native.instruction_set())
+
+
+def units_by_dtype() -> dict[str, str]:
+    """The instruction set whose kernels serve each dtype."""
+    return dict(_native.units_by_dtype()) if _on_cpu else {}

@@ -19,11 +19,14 @@ constexpr DtypeKernels dtype_kernels() {
       {backward_plan<Operands>, accumulator_bytes<T>, backward<Operands, S>, backward_finish<T, S>}};
 }
 
+// Every dtype, by the unit's vectors.
 template <typename = void>
-constexpr AttentionKernels attention_kernels() {
+constexpr Unit complete_unit(const char* name) {
   return {
-      dtype_kernels<float, float>(), dtype_kernels<double, double>(), dtype_kernels<float, BFloat16>(),
-      dtype_kernels<float, Half>()};
+      name,
+      nullptr,
+      {dtype_kernels<float, float>(), dtype_kernels<double, double>(), dtype_kernels<float, BFloat16>(),
+       dtype_kernels<float, Half>()}};
 }
 
 }  // namespace

@@ -1,13 +1,14 @@
-#include "instruction_set.h"
+#include "units.h"
 
 #include <cstdlib>
 #include <stdexcept>
+#include <string>
 
 namespace convit_kernels {
 
-const std::vector<InstructionSet>& instruction_sets() {
-  static const std::vector<InstructionSet> sets = [] {
-    std::vector<InstructionSet> found;
+const std::vector<const Unit*>& units() {
+  static const std::vector<const Unit*> found = [] {
+    std::vector<const Unit*> runs_here;
 #ifdef CONVIT_KERNELS_X86
     // these ask the operating system too whether it saves the wide registers
     __builtin_cpu_init();
@@ -19,38 +20,39 @@ const std::vector<InstructionSet>& instruction_sets() {
     const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
     if (bf16) {
-      static AttentionKernels with_dot_products = kAttentionAvx512;
-      with_dot_products.bfloat16 = kBFloat16Avx512;
-      found.push_back({"avx512_bf16", &with_dot_products});
+      runs_here.push_back(&kAvx512Bf16);
     }
     if (avx512) {
-      found.push_back({"avx512", &kAttentionAvx512});
+      runs_here.push_back(&kAvx512);
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-      found.push_back({"avx2", &kAttentionAvx2});
+      runs_here.push_back(&kAvx2);
     }
 #endif
-    found.push_back({"portable", &kAttentionPortable});
-    return found;
+    runs_here.push_back(&kPortable);
+    return runs_here;
   }();
-  return sets;
+  return found;
 }
 
-const InstructionSet& instruction_set() {
-  const std::vector<InstructionSet>& sets = instruction_sets();
+const Unit& unit() {
   const char* wish = std::getenv("CONVIT_KERNELS_ISA");
   if (wish == nullptr || *wish == '\0') {
-    return sets.front();
+    return *units().front();
   }
   std::string allowed;
-  for (const InstructionSet& set : sets) {
-    if (wish == std::string(set.name)) {
-      return set;
+  for (const Unit* unit : units()) {
+    if (wish == std::string(unit->name)) {
+      return *unit;
     }
-    allowed += (allowed.empty() ? "" : ", ") + std::string(set.name);
+    allowed += (allowed.empty() ? "" : ", ") + std::string(unit->name);
   }
   throw std::runtime_error(
       "CONVIT_KERNELS_ISA=" + std::string(wish) + ": this build has for this processor only " + allowed);
+}
+
+const Unit& unit_for(const Unit& unit, Dtype dtype) {
+  return unit.kernels[dtype].forward.run != nullptr ? unit : unit_for(*unit.base, dtype);
 }
 
 }  // namespace convit_kernels
