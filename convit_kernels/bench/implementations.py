@@ -11,6 +11,7 @@ from timm.models.convit import ConVit
 from torch import Tensor, nn
 
 from ..attention import backends, check_backend, gpsa_attention
+from ..attention import why_not as why_not_backend
 from ..equivalence import eager_attention
 from ..gpsa import GPSA
 from ..models import SIZES
@@ -192,7 +193,7 @@ def why_not(task: Task, name: str) -> str:
     try:
         check_backend(None if name == "auto" else name)
     except RuntimeError:
-        return next(backend.reason for backend in backends() if backend.name == name)
+        return why_not_backend(name)
     # a layer would leave the task to another backend
     if name == "triton" and not on_gpu:
         return "the Triton kernels run on GPUs"
