@@ -116,15 +116,11 @@ class KeysAndValues {
   }
 
   // Brings part `index` of `count` of the rows [begin, end) into the caches, while others are worked on.
-  // Inlined by force: GCC drops calls of functions that only prefetch.
   CONVIT_INLINE void prefetch(int64_t begin, int64_t end, int64_t index, int64_t count) const {
-    constexpr int64_t line = 64 / sizeof(S);
     const int64_t rows = maximum(0, end - begin);
     for (int64_t row = begin + rows * index / count; row < begin + rows * (index + 1) / count; ++row) {
-      for (int64_t channel = 0; channel < head_dim_; channel += line) {
-        __builtin_prefetch(k_ + row * k_stride_ + channel);
-        __builtin_prefetch(v_ + row * v_stride_ + channel);
-      }
+      prefetch_row<3>(k_ + row * k_stride_, head_dim_);
+      prefetch_row<3>(v_ + row * v_stride_, head_dim_);
     }
   }
 

@@ -11,6 +11,16 @@ S* rows_of(const Problem& p, const Strided& tensor, int64_t image_head) {
   return static_cast<S*>(tensor.data) + image_head / p.heads * tensor.image + image_head % p.heads * tensor.head;
 }
 
+// Brings every cache line of a row into the caches, the nearest by 3, all but that by 2.
+// Inlined by force, as what calls it must be: GCC drops calls of functions that only prefetch.
+template <int kLocality, typename S>
+CONVIT_INLINE void prefetch_row(const S* row, int64_t head_dim) {
+  constexpr int64_t line = 64 / sizeof(S);
+  for (int64_t channel = 0; channel < head_dim + line - 1; channel += line) {
+    __builtin_prefetch(row + minimum(channel, head_dim - 1), 0, kLocality);
+  }
+}
+
 // Some tensors' rows of the head that is next, brought into the second-level cache while this one is worked on.
 template <typename S, int kTensors>
 class NextHead {
@@ -24,15 +34,10 @@ class NextHead {
   }
 
   // The part of them that belongs to the steps from `begin` to `end`, where there are `steps` for each row.
-  // Inlined by force: GCC drops calls of functions that only prefetch.
   CONVIT_INLINE void prefetch(int64_t begin, int64_t end, int64_t steps) const {
-    constexpr int64_t line = 64 / sizeof(S);
     for (int64_t row = begin / steps; there_ && row < end / steps; ++row) {
       for (int tensor = 0; tensor < kTensors; ++tensor) {
-        const S* from = rows_[tensor] + row * strides_[tensor];
-        for (int64_t channel = 0; channel < head_dim_ + line - 1; channel += line) {
-          __builtin_prefetch(from + minimum(channel, head_dim_ - 1), 0, 2);
-        }
+        prefetch_row<2>(rows_[tensor] + row * strides_[tensor], head_dim_);
       }
     }
   }
