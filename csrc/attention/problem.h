@@ -57,15 +57,15 @@ struct ForwardKernel {
   void (*run)(const Forward&, int64_t image_head, int64_t block_begin, int64_t block_end, void* memory);
 };
 
-// dk and dv are first accumulated in T, `accumulator_bytes` for one image and head; `finish` adds several of them up,
-// in order, and writes the result.
+// dk and dv are first accumulated in T, `accumulator_bytes` for one image and head; `finish` adds several of them up
+// into the first, in order, and writes the result.
 struct BackwardKernel {
   Plan (*plan)(const Problem&);
   int64_t (*accumulator_bytes)(const Problem&);
   void (*run)(
       const Backward&, int64_t image_head, int64_t block_begin, int64_t block_end, void* accumulator,
       ScalarGradients* sums, void* memory);
-  void (*finish)(const Backward&, int64_t image_head, const void* accumulators, int64_t count);
+  void (*finish)(const Backward&, int64_t image_head, void* accumulators, int64_t count);
 };
 
 struct DtypeKernels {

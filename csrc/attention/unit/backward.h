@@ -182,7 +182,7 @@ void backward(
           m.key_values + key / group * channels, channels, m.dq, channels, rows, channels / lanes,
           ceil_div(keys, group));
     }
-    write_rows(m.dq, channels, 1, 0, static_cast<T>(p.scale), dq + begin * p.dq.token, p.dq.token, rows, head_dim);
+    write_rows(m.dq, channels, static_cast<T>(p.scale), dq + begin * p.dq.token, p.dq.token, rows, head_dim);
   }
   for (double& sum : sums->pos_weight) {
     sum *= gate;
@@ -191,15 +191,20 @@ void backward(
 }
 
 template <typename T, typename S>
-void backward_finish(const Backward& p, int64_t image_head, const void* accumulators, int64_t count) {
+void backward_finish(const Backward& p, int64_t image_head, void* accumulators, int64_t count) {
   const int64_t tokens = p.height * p.width, size = accumulator_size<T>(p);
-  const T* dk = static_cast<const T*>(accumulators);
+  T* sum = static_cast<T*>(accumulators);
+  for (int64_t part = 1; part < count; ++part) {
+    const T* other = sum + part * 2 * size;
+    for (int64_t at = 0; at < 2 * size; at += kLanes<T>) {
+      store(sum + at, load(sum + at) + load(other + at));
+    }
+  }
   const auto write = [&](const T* from, T factor, const Strided& to) {
-    write_rows(
-        from, size / tokens, count, 2 * size, factor, rows_of<S>(p, to, image_head), to.token, tokens, p.head_dim);
+    write_rows(from, size / tokens, factor, rows_of<S>(p, to, image_head), to.token, tokens, p.head_dim);
   };
-  write(dk, static_cast<T>(p.scale), p.dk);
-  write(dk + size, T(1), p.dv);
+  write(sum, static_cast<T>(p.scale), p.dk);
+  write(sum + size, T(1), p.dv);
 }
 
 template <typename Operands>

@@ -368,7 +368,7 @@ void forward(const Forward& p, int64_t image_head, int64_t block_begin, int64_t 
         lse[query] = m.largest[query] * static_cast<T>(p.scale) + log2(m.sum[query]) * static_cast<T>(kLn2);
       }
     }
-    write_rows(m.out, m.channels, 1, 0, T(1), out + begin * p.out.token, p.out.token, rows, p.head_dim);
+    write_rows(m.out, m.channels, T(1), out + begin * p.out.token, p.out.token, rows, p.head_dim);
   }
 }
 

@@ -79,18 +79,13 @@ void copy_rows(const S* from, int64_t stride, int64_t rows, int64_t head_dim, T*
   }
 }
 
-// The inverse: `count` sources of that form, `distance` apart, are added up in order and multiplied by `factor`.
+// The inverse, multiplied by `factor`.
 template <typename T, typename S>
 void write_rows(
-    const T* from, int64_t channels, int64_t count, int64_t distance, T factor, S* to, int64_t stride, int64_t rows,
-    int64_t head_dim) {
+    const T* from, int64_t channels, T factor, S* to, int64_t stride, int64_t rows, int64_t head_dim) {
   for (int64_t row = 0; row < rows; ++row, from += channels, to += stride) {
     for (int64_t channel = 0; channel < head_dim; ++channel) {
-      T sum = from[channel];
-      for (int64_t part = 1; part < count; ++part) {
-        sum += from[part * distance + channel];
-      }
-      narrow(sum * factor, to[channel]);
+      narrow(from[channel] * factor, to[channel]);
     }
   }
 }
