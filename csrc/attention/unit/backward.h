@@ -8,10 +8,10 @@
 namespace convit_kernels {
 namespace {
 
-// dk and dv of one image and head, as they are added up: (tokens, channels) each.
-template <typename T>
+// dk and dv of one image and head, as they are added up: (tokens in whole rows of products, channels) each.
+template <typename Operands>
 int64_t accumulator_size(const Problem& p) {
-  return p.height * p.width * round_up(p.head_dim, kLanes<T>);
+  return round_up(p.height * p.width, Operands::kRows) * round_up(p.head_dim, kLanes<typename Operands::Compute>);
 }
 
 template <typename Operands>
@@ -28,23 +28,25 @@ struct BackwardMemory {
   Operand* key_values;       // what dq is gathered from; numbers serve as they are
   Operand *queries, *d_out;  // what dk and dv are scattered from
   Operand *rows, *transposed, *map;
-  T *scores, *d_scores, *dq, *x, *y, *row_factor, *col_factor;
+  T *scores, *d_scores, *sums, *dq, *x, *y, *row_factor, *col_factor;
   int64_t bytes;
 
   BackwardMemory(const Problem& p, void* start)
       : channels(round_up(p.head_dim, kLanes<T>)), depth(round_up(ceil_div(p.head_dim, kGroup), kLanes<T>)),
-        blocks(p.height * p.width, block_vectors(p)), chunks(p.height * p.width) {
-    const int64_t tokens = p.height * p.width, columns = blocks.largest;
+        blocks(p.height * p.width, block_vectors(p)), chunks(p.height * p.width, kChunk * kGroup, Operands::kRows) {
+    const int64_t columns = blocks.largest, operands = round_up(columns, Operands::kSteps) / kGroup;
+    const int64_t tokens = round_up(p.height * p.width, Operands::kRows);
     Memory memory(start);
     keys = memory.take<Operand>(tokens * depth);
     values = memory.take<Operand>(tokens * depth);
-    key_values = kGroup == 1 ? keys : memory.take<Operand>(ceil_div(tokens, kGroup) * channels);
-    queries = memory.take<Operand>(ceil_div(columns, kGroup) * channels);
-    d_out = memory.take<Operand>(ceil_div(columns, kGroup) * channels);
+    key_values = kGroup == 1 ? keys : memory.take<Operand>(tokens / kGroup * channels);
+    queries = memory.take<Operand>(operands * channels);
+    d_out = memory.take<Operand>(operands * channels);
     rows = memory.take<Operand>(kGroup == 1 ? 0 : columns * depth);
     transposed = memory.take<Operand>(columns * depth);
-    map = memory.take<Operand>(kGroup == 1 ? 0 : ceil_div(chunks.size, kGroup) * columns);
+    map = memory.take<Operand>(kGroup == 1 ? 0 : chunks.size * operands);
     dq = memory.take<T>(columns * channels);
+    sums = Operands::kTransposedSums ? memory.take<T>(columns * channels) : dq;
     scores = memory.take<T>(tokens * columns);
     d_scores = memory.take<T>(tokens * columns);
     x = memory.take<T>(columns);
@@ -62,52 +64,70 @@ struct BackwardMemory {
   }
 };
 
-// Turns one vector of queries' scores and the gradients of the map into the mixed map A and the gradients of the
+// Turns some vectors of queries' scores and the gradients of the map into the mixed map A and the gradients of the
 // scores, in place, and adds to the gradients of the positional weights and the gate, before their factors.
-template <typename Operands, typename T = typename Operands::Compute>
-void softmax_backward(
+template <typename Operands, int kVectors, typename T = typename Operands::Compute>
+CONVIT_INLINE void softmax_backward(
     T* scores, T* d_scores, const T* row_factor, const T* col_factor, int64_t columns, int64_t height, int64_t width,
     T score_factor, T gate, ScalarGradients& sums) {
+  constexpr int lanes = kLanes<T>;
   const int64_t row_table = height * columns, col_table = width * columns;
   // not from the forward's log-sum-exp: that of large logits has lost digits which their differences still have
-  const auto largest = largest_of(scores + columns, columns, height * width - 1, score_factor, load_lanes<1>(scores));
-  const Vector<T> inverse =
-      1 / exponentials(scores, columns, height * width, score_factor, largest, Operands::kExponential).at[0];
+  const auto largest =
+      largest_of(scores + columns, columns, height * width - 1, score_factor, load_lanes<kVectors>(scores));
+  const auto sum = exponentials(scores, columns, height * width, score_factor, largest, Operands::kExponential);
 
-  Vector<T> content_sum{}, position_sum{}, along_x{}, along_y{}, squares{};
+  Lanes<T, kVectors> content_sum{}, position_sum{}, along_x{}, along_y{}, squares{};
   for (int64_t y = 0; y < height; ++y) {
-    Vector<T> content{}, plain{}, linear{}, quadratic{};
+    Lanes<T, kVectors> content{}, plain{}, linear{}, quadratic{};
     const int64_t row = y * width * columns;
     for (int64_t x = 0; x < width * columns; x += columns) {
-      const Vector<T> d_map = load(d_scores + row + x);
-      content += load(scores + row + x) * d_map;
-      plain += load(col_factor + x) * d_map;
-      linear += load(col_factor + col_table + x) * d_map;
-      quadratic += load(col_factor + 2 * col_table + x) * d_map;
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const Vector<T> d_map = load(d_scores + row + x + v * lanes);
+        const T* col = col_factor + x + v * lanes;
+        content.at[v] += load(scores + row + x + v * lanes) * d_map;
+        plain.at[v] += load(col) * d_map;
+        linear.at[v] += load(col + col_table) * d_map;
+        quadratic.at[v] += load(col + 2 * col_table) * d_map;
+      }
     }
-    content_sum += content;
-    const T* factor = row_factor + y * columns;
-    position_sum += load(factor) * plain;
-    along_x += load(factor) * linear;
-    along_y += load(factor + row_table) * plain;
-    squares += load(factor) * quadratic + load(factor + 2 * row_table) * plain;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const T* factor = row_factor + y * columns + v * lanes;
+      content_sum.at[v] += content.at[v];
+      position_sum.at[v] += load(factor) * plain.at[v];
+      along_x.at[v] += load(factor) * linear.at[v];
+      along_y.at[v] += load(factor + row_table) * plain.at[v];
+      squares.at[v] += load(factor) * quadratic.at[v] + load(factor + 2 * row_table) * plain.at[v];
+    }
   }
-  content_sum *= inverse;
-  for (int lane = 0; lane < kLanes<T>; ++lane) {
-    sums.pos_weight[0] += along_x[lane];
-    sums.pos_weight[1] += along_y[lane];
-    sums.pos_weight[2] += squares[lane];
-    sums.gate += position_sum[lane] - content_sum[lane];
+  Lanes<T, kVectors> weight;
+  for (int v = 0; v < kVectors; ++v) {
+    content_sum.at[v] /= sum.at[v];
+    weight.at[v] = (1 - gate) / sum.at[v];
+    for (int lane = 0; lane < lanes; ++lane) {
+      sums.pos_weight[0] += along_x.at[v][lane];
+      sums.pos_weight[1] += along_y.at[v][lane];
+      sums.pos_weight[2] += squares.at[v][lane];
+      sums.gate += position_sum.at[v][lane] - content_sum.at[v][lane];
+    }
   }
 
-  const Vector<T> content = (1 - gate) * inverse;
   for (int64_t y = 0; y < height; ++y) {
-    const Vector<T> factor = load(row_factor + y * columns) * gate;
+    Lanes<T, kVectors> factor = load_lanes<kVectors>(row_factor + y * columns);
+    for (Vector<T>& part : factor.at) {
+      part *= gate;
+    }
     const int64_t row = y * width * columns;
     for (int64_t x = 0; x < width * columns; x += columns) {
-      const Vector<T> map = load(scores + row + x) * content;
-      store(d_scores + row + x, map * (load(d_scores + row + x) - content_sum));
-      store(scores + row + x, map + factor * load(col_factor + x));
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        T *score = scores + row + x + v * lanes, *d_score = d_scores + row + x + v * lanes;
+        const Vector<T> map = load(score) * weight.at[v];
+        store(d_score, map * (load(d_score) - content_sum.at[v]));
+        store(score, map + factor.at[v] * load(col_factor + x + v * lanes));
+      }
     }
   }
 }
@@ -118,8 +138,9 @@ void backward(
     ScalarGradients* sums, void* start) {
   using T = typename Operands::Compute;
   using Operand = typename Operands::Operand;
-  constexpr int64_t lanes = kLanes<T>, group = Operands::kGroup;
+  constexpr int64_t group = Operands::kGroup;
   const FlushSubnormals flush;
+  const typename Operands::Session session;
   const BackwardMemory<Operands> m(p, start);
   const int64_t head = image_head % p.heads, tokens = p.height * p.width;
   const int64_t channels = m.channels, depth = m.depth, head_dim = p.head_dim;
@@ -128,12 +149,12 @@ void backward(
   const S *k = rows_of<S>(p, p.k, image_head), *v = rows_of<S>(p, p.v, image_head);
   S* dq = rows_of<S>(p, p.dq, image_head);
   T* dk = static_cast<T*>(accumulator);
-  T* dv = dk + accumulator_size<T>(p);
+  T* dv = dk + accumulator_size<Operands>(p);
   *sums = {};
   Operands::copy_rows(k, p.k.token, tokens, head_dim, m.keys, depth);
   Operands::copy_rows(v, p.v.token, tokens, head_dim, m.values, depth);
   if (group > 1) {
-    Operands::copy_values(k, p.k.token, tokens, head_dim, m.key_values, channels);
+    Operands::copy_gathered(k, p.k.token, tokens, head_dim, m.key_values, channels);
   }
 
   const NextHead<S, 4> next(p, {p.q, p.k, p.v, p.d_out}, image_head);
@@ -146,10 +167,9 @@ void backward(
       Operand* as_rows = group == 1 ? scattered : m.rows;
       Operands::copy_rows(from, right.token, rows, head_dim, as_rows, depth);
       transpose_rows(as_rows, rows, depth, m.transposed, columns);
-      multiply<false, false>(
-          left, depth, m.transposed, columns, to, columns, tokens, columns / lanes, ceil_div(head_dim, group));
+      Operands::scores(left, m.transposed, to, tokens, columns, depth, head_dim);
       if (group > 1) {
-        Operands::copy_values(from, right.token, rows, head_dim, scattered, channels);
+        Operands::copy_scattered(from, right.token, rows, head_dim, scattered, channels);
       }
     };
     score(m.keys, p.q, m.queries, m.scores);
@@ -158,29 +178,30 @@ void backward(
     fill_coordinates(begin, columns, p.width, m.x, m.y);
     fill_factor<true>(pos_weight[0], pos_weight[2], p.width, m.x, columns, m.col_factor);
     fill_factor<true>(pos_weight[1], pos_weight[2], p.height, m.y, columns, m.row_factor);
-    for (int64_t at = 0; at < columns; at += lanes) {
-      softmax_backward<Operands>(
+    for_each_group<T>(columns, [&](auto width, int64_t at) {
+      softmax_backward<Operands, decltype(width)::value>(
           m.scores + at, m.d_scores + at, m.row_factor + at, m.col_factor + at, columns, p.height, p.width, factor,
           gate, *sums);
-    }
+    });
 
-    const auto accumulate =
-        block == block_begin ? multiply<false, false, T, Operand> : multiply<false, true, T, Operand>;
+    const auto accumulate = block == block_begin ? Operands::template scatter<false> : Operands::template scatter<true>;
     for (int64_t key = 0; key < tokens; key += m.chunks.size) {
       const int64_t keys = m.chunks.rows(key);
       next.prefetch(begin * tokens + key * rows, begin * tokens + (key + keys) * rows, tokens);
       const auto scatter = [&](const T* map, const Operand* from, T* to) {
         accumulate(
-            Operands::map_of_queries(map + key * columns, columns, rows, keys, m.map), columns / group, from, channels,
-            to + key * channels, channels, keys, channels / lanes, ceil_div(rows, group));
+            Operands::map_of_queries(map + key * columns, columns, rows, keys, m.map), columns, from, channels,
+            to + key * channels, keys, rows);
       };
       scatter(m.scores, m.d_out, dv);
       scatter(m.d_scores, m.queries, dk);
-      const auto gather = key == 0 ? multiply<true, false, T, Operand> : multiply<true, true, T, Operand>;
-      gather(
+      const auto add_dq = key == 0 ? Operands::template gather<false> : Operands::template gather<true>;
+      add_dq(
           Operands::map_of_keys(m.d_scores + key * columns, columns, keys, m.map), columns,
-          m.key_values + key / group * channels, channels, m.dq, channels, rows, channels / lanes,
-          ceil_div(keys, group));
+          m.key_values + key / group * channels, channels, m.sums, 0, rows, columns, keys);
+    }
+    if (Operands::kTransposedSums) {
+      transpose_rows(m.sums, channels, columns, m.dq, channels);
     }
     write_rows(m.dq, channels, static_cast<T>(p.scale), dq + begin * p.dq.token, p.dq.token, rows, head_dim);
   }
@@ -190,9 +211,10 @@ void backward(
   sums->gate *= static_cast<double>(gate) * (1 - gate);
 }
 
-template <typename T, typename S>
+template <typename Operands, typename S>
 void backward_finish(const Backward& p, int64_t image_head, void* accumulators, int64_t count) {
-  const int64_t tokens = p.height * p.width, size = accumulator_size<T>(p);
+  using T = typename Operands::Compute;
+  const int64_t size = accumulator_size<Operands>(p), channels = round_up(p.head_dim, kLanes<T>);
   T* sum = static_cast<T*>(accumulators);
   for (int64_t part = 1; part < count; ++part) {
     const T* other = sum + part * 2 * size;
@@ -201,7 +223,7 @@ void backward_finish(const Backward& p, int64_t image_head, void* accumulators, 
     }
   }
   const auto write = [&](const T* from, T factor, const Strided& to) {
-    write_rows(from, size / tokens, factor, rows_of<S>(p, to, image_head), to.token, tokens, p.head_dim);
+    write_rows(from, channels, factor, rows_of<S>(p, to, image_head), to.token, p.height * p.width, p.head_dim);
   };
   write(sum, static_cast<T>(p.scale), p.dk);
   write(sum + size, T(1), p.dv);
@@ -213,9 +235,9 @@ Plan backward_plan(const Problem& p) {
   return {memory.blocks.count, memory.bytes};
 }
 
-template <typename T>
+template <typename Operands>
 int64_t accumulator_bytes(const Problem& p) {
-  return 2 * accumulator_size<T>(p) * static_cast<int64_t>(sizeof(T));
+  return 2 * accumulator_size<Operands>(p) * static_cast<int64_t>(sizeof(typename Operands::Compute));
 }
 
 }  // namespace

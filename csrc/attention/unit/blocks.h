@@ -41,14 +41,15 @@ struct QueryBlocks {
   int64_t rows(int64_t block) const { return minimum(columns(block), tokens - begin(block)); }
 };
 
-// Keys are taken in chunks whose values and scores stay in the first-level cache.
+// Keys are taken in chunks whose values and scores stay in the first-level cache: so many numbers of 4 bytes for each
+// of a panel's queries and for each channel.
 constexpr int64_t kChunk = 96;
 
 struct KeyChunks {
   int64_t tokens, size;
 
-  explicit KeyChunks(int64_t tokens)
-      : tokens(tokens), size(round_up(ceil_div(tokens, ceil_div(tokens, kChunk)), kTileRows)) {}
+  KeyChunks(int64_t tokens, int64_t most, int64_t multiple)
+      : tokens(tokens), size(round_up(ceil_div(tokens, ceil_div(tokens, most)), multiple)) {}
 
   int64_t rows(int64_t begin) const { return minimum(size, tokens - begin); }
 };

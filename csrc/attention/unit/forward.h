@@ -24,8 +24,9 @@ struct ForwardMemory {
   KeyChunks chunks;
   bool resident;  // all keys and values fit, and are copied once for many blocks; else chunk by chunk
   Operand *keys, *values, *queries, *transposed, *map;
-  T *scores, *out, *x, *y, *row_factor, *col_factor;
+  T *scores, *sums, *out, *x, *y, *row_factor, *col_factor;
   T *largest, *sum, *shrink;  // chunked: of each query, so far, and what the last chunk changed
+  T* row;                     // chunked: one key's value
   T* along_y;                 // chunked: of each grid row in the block and each column of keys, values summed along y
   int64_t bytes;
 
@@ -37,7 +38,8 @@ struct ForwardMemory {
   ForwardMemory(const Problem& p, void* start, bool chunked)
       : chunked(chunked), channels(round_up(p.head_dim, kLanes<T>)),
         depth(round_up(ceil_div(p.head_dim, Operands::kGroup), kLanes<T>)),
-        blocks(p.height * p.width, chunked ? chunked_vectors(p) : whole_vectors(p)), chunks(p.height * p.width) {
+        blocks(p.height * p.width, chunked ? chunked_vectors(p) : whole_vectors(p)),
+        chunks(p.height * p.width, kChunk * Operands::kGroup, Operands::kRows) {
     const int64_t tokens = p.height * p.width, columns = blocks.largest;
     Memory memory(start);
     const int64_t panel = minimum(columns, kTileVectors * kLanes<T>);
@@ -45,7 +47,8 @@ struct ForwardMemory {
     transposed = memory.take<Operand>(columns * depth);
     map = memory.take<Operand>(Operands::kGroup == 1 ? 0 : chunks.size * panel);
     out = memory.take<T>(columns * channels);
-    scores = memory.take<T>((chunked ? chunks.size : tokens) * panel);
+    sums = Operands::kTransposedSums ? memory.take<T>(columns * channels) : out;
+    scores = memory.take<T>((chunked ? chunks.size : round_up(tokens, Operands::kRows)) * panel);
     x = memory.take<T>(columns);
     y = memory.take<T>(columns);
     row_factor = memory.take<T>(p.height * columns);
@@ -53,12 +56,13 @@ struct ForwardMemory {
     largest = memory.take<T>(columns);
     sum = memory.take<T>(columns);
     shrink = memory.take<T>(columns);
+    row = memory.take<T>(channels);
     along_y = memory.take<T>(chunked ? (ceil_div(columns - 1, p.width) + 1) * p.width * channels : 0);
     const int64_t all = tokens * (depth + channels) * static_cast<int64_t>(sizeof(T));
     resident = !chunked && memory.used() + all < kMost;
-    const int64_t copied = resident ? tokens : chunks.size;
+    const int64_t copied = resident ? round_up(tokens, Operands::kRows) : chunks.size;
     keys = memory.take<Operand>(copied * depth);
-    values = memory.take<Operand>(ceil_div(copied, Operands::kGroup) * channels);
+    values = memory.take<Operand>(copied / Operands::kGroup * channels);
     bytes = memory.used();
   }
 
@@ -95,7 +99,7 @@ class KeysAndValues {
     if (m.resident) {
       const int64_t tokens = p.height * p.width;
       Operands::copy_rows(k_, k_stride_, tokens, head_dim_, m.keys, m.depth);
-      Operands::copy_values(v_, v_stride_, tokens, head_dim_, m.values, m.channels);
+      Operands::copy_gathered(v_, v_stride_, tokens, head_dim_, m.values, m.channels);
     }
   }
 
@@ -111,8 +115,12 @@ class KeysAndValues {
     if (memory_.resident) {
       return memory_.values + begin / Operands::kGroup * memory_.channels;
     }
-    Operands::copy_values(v_ + begin * v_stride_, v_stride_, rows, head_dim_, memory_.values, memory_.channels);
+    Operands::copy_gathered(v_ + begin * v_stride_, v_stride_, rows, head_dim_, memory_.values, memory_.channels);
     return memory_.values;
+  }
+
+  void copy_value(int64_t key, typename Operands::Compute* to) const {
+    copy_rows(v_ + key * v_stride_, v_stride_, 1, head_dim_, to, memory_.channels);
   }
 
   // Brings part `index` of `count` of the rows [begin, end) into the caches, while others are worked on.
@@ -171,6 +179,7 @@ struct ForwardBlock {
       const int64_t keys = m.chunks.rows(key);
       add_mixed(all, m.scores + key * columns, key, keys, source.values(key, keys));
     }
+    transpose_sums();
   }
 
   void chunked() const {
@@ -185,14 +194,21 @@ struct ForwardBlock {
           update_softmax(panel, key, keys);
           add_values(panel, m.scores, key, keys, v);
         },
-        [&](int64_t key, int64_t keys, const Operand* v) {
-          for (int64_t row = 0; row < grid_rows; ++row) {
-            add_along_y(v, key, keys, m.row_factor + first_query(row), m.along_y + row * p.width * m.channels);
+        [&](int64_t key, int64_t keys) {
+          for (const int64_t end = key + keys; key < end; ++key) {
+            source.copy_value(key, m.row);
+            const T* factor = m.row_factor + key / p.width * columns;
+            for (int64_t row = 0; row < grid_rows; ++row) {
+              T* to = m.along_y + (row * p.width + key % p.width) * m.channels;
+              add_row(m.row, factor[first_query(row)] * gate, to);
+            }
           }
         });
     for (int64_t query = 0; query < rows; ++query) {
-      scale_row(query, (1 - gate) / m.sum[query]);
+      m.shrink[query] = (1 - gate) / m.sum[query];
     }
+    Operands::scale(m.sums, m.channels, 0, rows, columns, m.shrink);
+    transpose_sums();
     for (int64_t row = 0; row < grid_rows; ++row) {
       const int64_t query = first_query(row), end = minimum(rows, first_query(row + 1));
       multiply<true, true>(
@@ -209,7 +225,8 @@ struct ForwardBlock {
             });
             add_mixed(panel, m.scores, key, keys, v);
           },
-          [](int64_t, int64_t, const Operand*) {});
+          [](int64_t, int64_t) {});
+      transpose_sums();
     }
   }
 
@@ -228,7 +245,7 @@ struct ForwardBlock {
   }
 
   // Calls function(panel, key, keys, k, v) for every chunk of keys and every panel of columns, then
-  // after_chunk(key, keys, v).
+  // after_chunk(key, keys).
   template <typename Function, typename AfterChunk>
   void for_each_chunk(const Function& function, const AfterChunk& after_chunk) const {
     const int64_t tokens = p.height * p.width;
@@ -239,23 +256,27 @@ struct ForwardBlock {
         source.prefetch(next, minimum(next + m.chunks.size, tokens), index, panels());
         function(panel(index), key, keys, k, v);
       }
-      after_chunk(key, keys, v);
+      after_chunk(key, keys);
     }
   }
 
   // The scores of a chunk of keys.
   void score(Panel panel, const Operand* keys, int64_t count, T* to) const {
-    multiply<false, false>(
-        keys, m.depth, m.transposed + panel.begin * m.depth, panel.columns, to, panel.columns, count,
-        panel.columns / kLane, ceil_div(p.head_dim, kGroup));
+    Operands::scores(keys, m.transposed + panel.begin * m.depth, to, count, panel.columns, m.depth, p.head_dim);
   }
 
   // Adds a map's product with the values of a chunk of keys, the first of which sets the sum.
   void add_values(Panel panel, const T* map, int64_t key, int64_t keys, const Operand* values) const {
-    const auto product = key == 0 ? multiply<true, false, T, Operand> : multiply<true, true, T, Operand>;
-    product(
-        Operands::map_of_keys(map, panel.columns, keys, m.map), panel.columns, values, m.channels,
-        m.out + panel.begin * m.channels, m.channels, panel.rows, m.channels / kLane, ceil_div(keys, kGroup));
+    const auto gather = key == 0 ? Operands::template gather<false> : Operands::template gather<true>;
+    gather(
+        Operands::map_of_keys(map, panel.columns, keys, m.map), panel.columns, values, m.channels, m.sums, panel.begin,
+        panel.rows, columns, keys);
+  }
+
+  void transpose_sums() const {
+    if (Operands::kTransposedSums) {
+      transpose_rows(m.sums, m.channels, columns, m.out, m.channels);
+    }
   }
 
   // A chunk's e -> its part of the output.
@@ -294,34 +315,15 @@ struct ForwardBlock {
         store(m.sum + column, key == 0 ? part.at[vector] : load(m.sum + column) * shrink + part.at[vector]);
       }
     });
-    for (int64_t query = panel.begin; key > 0 && query < panel.begin + panel.rows; ++query) {
-      if (m.shrink[query] != 1) {
-        scale_row(query, m.shrink[query]);
-      }
+    if (key > 0) {
+      Operands::scale(m.sums, m.channels, panel.begin, panel.rows, columns, m.shrink);
     }
   }
 
-  // Adds the values of some keys, times one query's row factor and the gate, to those of the other keys in their
-  // column.
-  void add_along_y(const Operand* values, int64_t begin, int64_t keys, const T* row_factor, T* along_y) const {
-    int64_t x = begin % p.width, y = begin / p.width;
-    for (int64_t key = 0; key < keys; ++key) {
-      const T weight = row_factor[y * columns] * gate;
-      T* to = along_y + x * m.channels;
-      for (int64_t channel = 0; channel < m.channels; channel += kLane) {
-        store(to + channel, load(to + channel) + Operands::value(values + channel, key, m.channels) * weight);
-      }
-      if (++x == p.width) {
-        x = 0;
-        ++y;
-      }
-    }
-  }
-
-  void scale_row(int64_t query, T scale) const {
-    T* row = m.out + query * m.channels;
+  // Adds a row, times a factor, to another.
+  void add_row(const T* row, T factor, T* to) const {
     for (int64_t channel = 0; channel < m.channels; channel += kLane) {
-      store(row + channel, load(row + channel) * scale);
+      store(to + channel, load(to + channel) + load(row + channel) * factor);
     }
   }
 
@@ -342,6 +344,7 @@ template <typename Operands, typename S>
 void forward(const Forward& p, int64_t image_head, int64_t block_begin, int64_t block_end, void* start) {
   using T = typename Operands::Compute;
   const FlushSubnormals flush;
+  const typename Operands::Session session;
   const ForwardMemory<Operands> m(p, start);
   const KeysAndValues<Operands, S> source(p, image_head, m);
   const NextHead<S, 3> next(p, {p.q, p.k, p.v}, image_head);

@@ -1,4 +1,4 @@
-// What the products multiply: numbers, or pairs of bfloat16.
+// What the three products multiply, numbers or pairs of bfloat16, and how they do it on vectors.
 #pragma once
 
 #include "packing.h"
@@ -7,36 +7,85 @@
 namespace convit_kernels {
 namespace {
 
-// An operand's type says how rows of a tensor and of a map are laid out for the three products of the attention:
-//   scores   S[key, query]    = sum over channels of X[key] Y[query]      copy_rows, transposed for Y
-//   gather   G[query, d]     += sum over keys of M[key, query] X[key, d]   map_of_keys, copy_values
-//   scatter  A[key, d]       += sum over queries of M[key, query] Y[query, d]   map_of_queries, copy_values
+// The attention and its gradients are three products. An operand's type says how rows of a tensor and of a map are laid
+// out for them, and computes them; all else is the same for every one of them.
+//   scores   S[key, query]    = sum over channels of X[key] Y[query]          copy_rows, for Y transposed
+//   gather   G[query, d]     += sum over keys of M[key, query] X[key, d]      map_of_keys, copy_gathered
+//   scatter  A[key, d]       += sum over queries of M[key, query] Y[query, d] map_of_queries, copy_scattered
+template <typename T, typename OperandOf, int64_t kNumbers>
+struct VectorProducts {
+  using Compute = T;
+  using Operand = OperandOf;
+  static constexpr int64_t kGroup = kNumbers;     // numbers in an operand
+  static constexpr int64_t kSteps = kNumbers;     // what is summed over is padded with zeros to a multiple of that
+  static constexpr int64_t kRows = kTileRows;     // chunks of keys are a multiple of that
+  static constexpr bool kTransposedSums = false;  // gather's sums are (queries, channels)
+
+  struct Session {
+    Session() {}  // not a trivial type: an unused variable of it is no mistake
+  };
+
+  // left (keys, depth), right (depth, columns) -> (keys, columns)
+  static void scores(
+      const Operand* left, const Operand* right, T* to, int64_t keys, int64_t columns, int64_t depth,
+      int64_t head_dim) {
+    multiply<false, false>(
+        left, depth, right, columns, to, columns, keys, columns / kLanes<T>, ceil_div(head_dim, kGroup));
+  }
+
+  // The sums of the queries from `query` on, `rows` of `columns`, of a block's `all_columns`.
+  template <bool kAdd>
+  static void gather(
+      const Operand* map, int64_t columns, const Operand* values, int64_t channels, T* sums, int64_t query,
+      int64_t rows, int64_t /* all_columns */, int64_t keys) {
+    multiply<true, kAdd>(
+        map, columns, values, channels, sums + query * channels, channels, rows, channels / kLanes<T>,
+        ceil_div(keys, kGroup));
+  }
+
+  template <bool kAdd>
+  static void scatter(
+      const Operand* map, int64_t columns, const Operand* values, int64_t channels, T* sums, int64_t keys,
+      int64_t rows) {
+    multiply<false, kAdd>(
+        map, columns / kGroup, values, channels, sums, channels, keys, channels / kLanes<T>, ceil_div(rows, kGroup));
+  }
+
+  // Multiplies the sums of `rows` queries from `query` on with a factor each.
+  static void scale(
+      T* sums, int64_t channels, int64_t query, int64_t rows, int64_t /* all_columns */, const T* factors) {
+    for (int64_t row = query; row < query + rows; ++row) {
+      if (factors[row] != 1) {
+        for (int64_t at = row * channels; at < (row + 1) * channels; at += kLanes<T>) {
+          store(sums + at, load(sums + at) * factors[row]);
+        }
+      }
+    }
+  }
+};
 
 // Numbers in the type that is computed in.
 template <typename T, typename S>
-struct Numbers {
-  using Compute = T;
-  using Operand = T;
-  static constexpr int kGroup = 1;  // numbers in an operand
+struct Numbers : VectorProducts<T, T, 1> {
   static constexpr auto& kExponential = Exponential<T>::kPolynomial;
 
   static void copy_rows(const S* from, int64_t stride, int64_t rows, int64_t head_dim, T* to, int64_t channels) {
     convit_kernels::copy_rows(from, stride, rows, head_dim, to, channels);
   }
-  static void copy_values(const S* from, int64_t stride, int64_t rows, int64_t head_dim, T* to, int64_t channels) {
+  static void copy_gathered(const S* from, int64_t stride, int64_t rows, int64_t head_dim, T* to, int64_t channels) {
     copy_rows(from, stride, rows, head_dim, to, channels);
   }
-  static Vector<T> value(const T* values, int64_t key, int64_t channels) { return load(values + key * channels); }
+  static void copy_scattered(const S* from, int64_t stride, int64_t rows, int64_t head_dim, T* to, int64_t channels) {
+    copy_rows(from, stride, rows, head_dim, to, channels);
+  }
   static const T* map_of_keys(const T* map, int64_t, int64_t, T*) { return map; }
   static const T* map_of_queries(const T* map, int64_t, int64_t, int64_t, T*) { return map; }
 };
 
-// Pairs of bfloat16 numbers, for instructions that add the products of two pairs to a float: of adjacent channels in
-// queries and keys, of adjacent keys in the map and the values. An odd last one has a zero beside it.
-struct Pairs {
-  using Compute = float;
-  using Operand = uint32_t;
-  static constexpr int kGroup = 2;
+// The layouts of pairs of bfloat16 numbers: of adjacent channels in queries and keys, of adjacent keys or queries in a
+// map and the values. What is missing to a multiple of kSteps is zero.
+template <int64_t kSteps>
+struct PairLayouts {
   static constexpr auto& kExponential = Exponential<float>::kShort;
 
   static void copy_rows(
@@ -51,30 +100,28 @@ struct Pairs {
     }
   }
 
-  static void copy_values(
+  // (rows, channels) -> (pairs of rows, channels)
+  static void copy_scattered(
       const BFloat16* from, int64_t stride, int64_t rows, int64_t head_dim, uint32_t* to, int64_t channels) {
-    for (int64_t row = 0; row < rows; row += 2, from += 2 * stride, to += channels) {
-      for (int64_t channel = 0; channel < head_dim; ++channel) {
+    for (int64_t row = 0; row < round_up(rows, kSteps); row += 2, from += 2 * stride, to += channels) {
+      const int64_t count = row < rows ? head_dim : 0;
+      for (int64_t channel = 0; channel < count; ++channel) {
         to[channel] = joined(from[channel], row + 1 < rows ? from[stride + channel] : BFloat16{0});
       }
-      for (int64_t channel = head_dim; channel < channels; ++channel) {
+      for (int64_t channel = count; channel < channels; ++channel) {
         to[channel] = 0;
       }
     }
   }
 
-  static Vector<float> value(const uint32_t* values, int64_t key, int64_t channels) {
-    const Vector<uint32_t> pair = load(values + key / 2 * channels);
-    return reinterpret_cast<Vector<float>>(key % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
-  }
-
   // (keys, columns) -> (pairs of keys, columns)
   static const uint32_t* map_of_keys(const float* map, int64_t columns, int64_t keys, uint32_t* to) {
     constexpr int lanes = kLanes<float>;
-    for (int64_t key = 0; key < keys; key += 2, map += 2 * columns) {
+    for (int64_t key = 0; key < round_up(keys, kSteps); key += 2, map += 2 * columns) {
       for (int64_t at = 0; at < columns; at += lanes) {
+        const Vector<float> even = key < keys ? load(map + at) : Vector<float>{};
         const Vector<float> odd = key + 1 < keys ? load(map + columns + at) : Vector<float>{};
-        store(to + key / 2 * columns + at, narrow_to_bfloat16(load(map + at)) | narrow_to_bfloat16(odd) << 16);
+        store(to + key / 2 * columns + at, narrow_pairs(even, odd));
       }
     }
     return to;
@@ -84,21 +131,32 @@ struct Pairs {
   static const uint32_t* map_of_queries(
       const float* map, int64_t columns, int64_t queries, int64_t keys, uint32_t* to) {
     constexpr int lanes = kLanes<float>;
-    for (int64_t key = 0; key < keys; ++key, map += columns) {
-      uint32_t* row = to + key * columns / 2;
+    const int64_t pairs = round_up(columns, kSteps) / 2;
+    for (int64_t key = 0; key < keys; ++key, map += columns, to += pairs) {
       for (int64_t at = 0; at < columns; at += lanes) {
-        const auto narrow = narrow_lanes(narrow_to_bfloat16(load(map + at)));
-        __builtin_memcpy(row + at / 2, &narrow, sizeof(narrow));
+        const HalfVector narrow = narrow_lanes(load(map + at));
+        __builtin_memcpy(to + at / 2, &narrow, sizeof(narrow));
       }
       if (queries % 2 != 0) {
-        row[queries / 2] &= 0xffff;
+        to[queries / 2] &= 0xffff;
+      }
+      for (int64_t pair = ceil_div(queries, 2); pair < round_up(queries, kSteps) / 2; ++pair) {
+        to[pair] = 0;
       }
     }
-    return to;
+    return to - keys * pairs;
   }
 
- private:
+ protected:
   static uint32_t joined(BFloat16 even, BFloat16 odd) { return even.bits | static_cast<uint32_t>(odd.bits) << 16; }
+};
+
+// Pairs, for instructions that add the products of two of them to a float.
+struct Pairs : VectorProducts<float, uint32_t, 2>, PairLayouts<2> {
+  static void copy_gathered(
+      const BFloat16* from, int64_t stride, int64_t rows, int64_t head_dim, uint32_t* to, int64_t channels) {
+    copy_scattered(from, stride, rows, head_dim, to, channels);
+  }
 };
 
 }  // namespace

@@ -81,8 +81,7 @@ void copy_rows(const S* from, int64_t stride, int64_t rows, int64_t head_dim, T*
 
 // The inverse, multiplied by `factor`.
 template <typename T, typename S>
-void write_rows(
-    const T* from, int64_t channels, T factor, S* to, int64_t stride, int64_t rows, int64_t head_dim) {
+void write_rows(const T* from, int64_t channels, T factor, S* to, int64_t stride, int64_t rows, int64_t head_dim) {
   for (int64_t row = 0; row < rows; ++row, from += channels, to += stride) {
     for (int64_t channel = 0; channel < head_dim; ++channel) {
       narrow(from[channel] * factor, to[channel]);

@@ -16,7 +16,7 @@ template <typename T, typename S, typename Operands = Numbers<T, S>>
 constexpr DtypeKernels dtype_kernels() {
   return {
       {forward_plan<Operands>, forward<Operands, S>},
-      {backward_plan<Operands>, accumulator_bytes<T>, backward<Operands, S>, backward_finish<T, S>}};
+      {backward_plan<Operands>, accumulator_bytes<Operands>, backward<Operands, S>, backward_finish<Operands, S>}};
 }
 
 // Every dtype, by the unit's vectors.
