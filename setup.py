@@ -45,13 +45,18 @@ DEFAULT_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 X86 = platform.machine() in ("x86_64", "AMD64")
 # The attention's CPU kernels: one unit for each instruction set, chosen when they run, and the flags of each.
 UNITS = {"csrc/attention/portable.cpp": []}
-EMULATE = X86 and os.environ.get("CONVIT_KERNELS_EMULATE") == "1"
+# With CONVIT_KERNELS_EMULATE=1 those that few processors have are compiled a second time, for any x86-64 with AVX2.
+EMULATED: dict[str, list[str]] = {}
 if X86:
     AVX2 = ["-mavx2", "-mfma", "-mf16c"]  # every processor with the first has the last
-    AVX512 = [*AVX2, "-Wno-psabi"] if EMULATE else [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+    AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
     UNITS["csrc/attention/avx2.cpp"] = AVX2
     UNITS["csrc/attention/avx512.cpp"] = AVX512
-    UNITS["csrc/attention/avx512_bf16.cpp"] = AVX512 if EMULATE else [*AVX512, "-mavx512bf16"]
+    UNITS["csrc/attention/avx512_bf16.cpp"] = [*AVX512, "-mavx512bf16"]
+    UNITS["csrc/attention/amx_bf16.cpp"] = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+    if os.environ.get("CONVIT_KERNELS_EMULATE") == "1":
+        flags = [*AVX2, "-Wno-psabi", "-DCONVIT_EMULATED"]
+        EMULATED = {f"csrc/attention/{name}.cpp": flags for name in ("avx512", "avx512_bf16", "amx_bf16")}
 
 
 class CannotBuildError(Exception):
@@ -123,7 +128,7 @@ def macros() -> list[tuple[str, str | None]]:
         ("CONVIT_KERNELS_NAMESPACE", str(ops["NAMESPACE"])),
         ("CONVIT_KERNELS_INTERFACE", f'"{ops["INTERFACE"]}"'),
         *([("CONVIT_KERNELS_X86", "1")] if X86 else []),
-        *([("CONVIT_KERNELS_EMULATE", "1")] if EMULATE else []),
+        *([("CONVIT_KERNELS_EMULATE", "1")] if EMULATED else []),
     ]
 
 
@@ -189,8 +194,12 @@ class BuildNative(build_ext):
             ext.libraries += ["c10", "torch_cpu"]
             compiler = [*self.compiler.compiler_so_cxx, *ext.extra_compile_args]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                units = {source: [*compiler, *flags] for source, flags in UNITS.items()}
-                ext.extra_objects = [str(path) for path in pool.map(self.compile, units, units.values())]
+                jobs = [
+                    (source, [*compiler, *flags], suffix)
+                    for units, suffix in ((UNITS, ""), (EMULATED, "_emulated"))
+                    for source, flags in units.items()
+                ]
+                ext.extra_objects = [str(path) for path in pool.map(lambda job: self.compile(*job), jobs)]
 
     def prepare_cuda(self, ext: Extension, include: Path) -> None:
         import torch
@@ -211,10 +220,10 @@ class BuildNative(build_ext):
         kernels = [source for source in ext.depends if source.endswith(".cu")]
         ext.extra_objects = [str(self.compile(source, command)) for source in kernels]
 
-    def compile(self, source: str, command: list[str]) -> Path:
-        """Compiles a source that takes a command of its own; returns the object."""
+    def compile(self, source: str, command: list[str], suffix: str = "") -> Path:
+        """Compiles a source that takes a command of its own; returns the object, named after it and the suffix."""
         command = [*command, "-c", source, *(f"-D{name}={value}" for name, value in macros())]
-        target = Path(self.build_temp) / Path(source).with_suffix(".o")
+        target = Path(self.build_temp) / f"{source.removesuffix('.cpp').removesuffix('.cu')}{suffix}.o"
         # An object is as good as new while its command and all that it was compiled from are the same.
         parts = [" ".join(command).encode(), Path(source).read_bytes()]
         parts += [path.read_bytes() for path in sorted((ROOT / "csrc").rglob("*.h"))]

@@ -285,7 +285,7 @@ MUTANTS = [
         "TestEquivalence::test_grids",
         "static_cast<T>(p.scale)",
         "T(1)",
-        "write(dk, …, p.dk)",
+        "write(sum, …, p.dk)",
     ),
     Mutant(
         "dq of the last chunk of keys alone",

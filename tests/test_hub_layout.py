@@ -42,7 +42,7 @@ def sources(build: dict) -> list[str]:
 
 def setup_constant(name: str):
     """What setup.py binds to a name on x86-64, read without running it."""
-    values: dict = {"EMULATE": False, "X86": True}
+    values: dict = {}
     for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).split("[")[0] in ("AVX2", "AVX512", "UNITS"):
             exec(ast.unparse(node), values)

@@ -4,4 +4,4 @@
 #define CONVIT_TILE_VECTORS 3
 #include "unit/unit.h"
 
-const convit_kernels::Unit convit_kernels::kAvx512 = convit_kernels::complete_unit("avx512");
+const convit_kernels::Unit CONVIT_UNIT(kAvx512) = convit_kernels::complete_unit(CONVIT_UNIT_NAME("avx512"));

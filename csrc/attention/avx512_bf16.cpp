@@ -4,5 +4,5 @@
 #define CONVIT_TILE_VECTORS 3
 #include "unit/unit.h"
 
-const convit_kernels::Unit convit_kernels::kAvx512Bf16 = {
-    "avx512_bf16", &kAvx512, {{}, {}, dtype_kernels<float, BFloat16, Pairs>(), {}}};
+const convit_kernels::Unit CONVIT_UNIT(kAvx512Bf16) = {
+    CONVIT_UNIT_NAME("avx512_bf16"), &CONVIT_UNIT(kAvx512), {{}, {}, dtype_kernels<float, BFloat16, Pairs>(), {}}};

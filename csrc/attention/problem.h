@@ -80,10 +80,14 @@ struct Unit {
   const char* name;
   const Unit* base;
   DtypeKernels kernels[kDtypes];  // those that it leaves to its base are null
+  bool (*works)() = nullptr;      // a test of what processors and virtual machines may only claim to have
 };
 
 #ifdef CONVIT_KERNELS_X86
-extern const Unit kAvx512Bf16, kAvx512, kAvx2;
+extern const Unit kAmxBf16, kAvx512Bf16, kAvx512, kAvx2;
+#endif
+#ifdef CONVIT_KERNELS_EMULATE
+extern const Unit kAmxBf16Emulated, kAvx512Bf16Emulated, kAvx512Emulated;
 #endif
 extern const Unit kPortable;
 

@@ -7,7 +7,7 @@
 
 namespace convit_kernels {
 
-// Those that this processor runs, the fastest first.
+// Those that this processor runs, the fastest first, and after all of them emulated ones.
 const std::vector<const Unit*>& units();
 
 // The fastest, or the one that the environment variable CONVIT_KERNELS_ISA names, read at each call. Throws

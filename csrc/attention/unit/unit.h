@@ -9,6 +9,16 @@
 #include "backward.h"
 #include "forward.h"
 
+// A unit's object and its name. Where CONVIT_EMULATED is defined the unit is compiled for processors that lack its
+// instructions, and stands beside the real one.
+#ifdef CONVIT_EMULATED
+#define CONVIT_UNIT(object) convit_kernels::object##Emulated
+#define CONVIT_UNIT_NAME(name) name "_emulated"
+#else
+#define CONVIT_UNIT(object) convit_kernels::object
+#define CONVIT_UNIT_NAME(name) name
+#endif
+
 namespace convit_kernels {
 namespace {
 
