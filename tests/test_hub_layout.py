@@ -8,6 +8,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import kernel_units
 import pytest
 import torch
 
@@ -40,15 +41,6 @@ def sources(build: dict) -> list[str]:
     return build["torch"]["src"] + [source for kernel in build["kernel"].values() for source in kernel["src"]]
 
 
-def setup_constant(name: str):
-    """What setup.py binds to a name on x86-64, read without running it."""
-    values: dict = {}
-    for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())):
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).split("[")[0] in ("AVX2", "AVX512", "UNITS"):
-            exec(ast.unparse(node), values)
-    return values[name]
-
-
 class TestTree:
     def test_every_source_that_build_toml_names_is_there(self, tree, build):
         assert [source for source in sources(build) if not (tree / source).exists()] == []
@@ -61,9 +53,9 @@ class TestTree:
             source: [flag for flag in kernel.get("cxx-flags", []) if flag.startswith("-m")]
             for kernel in build["kernel"].values()
             for source in kernel["src"]
-            if source in setup_constant("UNITS")
+            if source in kernel_units.flags()
         }
-        assert units == setup_constant("UNITS")
+        assert units == kernel_units.flags()
 
     def test_it_is_licensed(self, tree, build):
         assert build["general"]["license"] == "Apache-2.0"

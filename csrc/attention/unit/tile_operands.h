@@ -2,6 +2,7 @@
 #pragma once
 
 #include "operands.h"
+#include "softmax.h"
 #include "tiles.h"
 
 namespace convit_kernels {

@@ -90,16 +90,16 @@ void store_tile(float* to, int64_t stride) {
   }
 }
 
-// A bfloat16 number in the upper half of its bits; one that is subnormal counts as zero.
+// The number of these bits; one that is subnormal counts as zero.
 inline float tile_number(uint32_t bits) {
-  bits &= (bits & 0x7f800000) == 0 ? 0x80000000 : 0xffff0000;
+  bits &= (bits & 0x7f800000) == 0 ? 0x80000000 : 0xffffffff;
   float number;
   __builtin_memcpy(&number, &bits, sizeof(number));
   return number;
 }
 
 // As Intel's manual describes TDPBF16PS: the products of the even and of the odd numbers are added up apart, from zero,
-// by fused multiply-adds, and their sum is added to the tile's; subnormal results are zero.
+// by fused multiply-adds, and their sum is added to the tile's; subnormal numbers are zero, in and out.
 template <int kSum, int kLeft, int kRight>
 void multiply_tiles() {
   const FlushSubnormals flush;
@@ -107,23 +107,22 @@ void multiply_tiles() {
   for (int at = 0; at < kTileSide * kTileSide; ++at) {
     const uint32_t right = tiles[kRight][at / kTileSide][at % kTileSide];
     right_even[at / kTileSide][at % kTileSide] = tile_number(right << 16);
-    right_odd[at / kTileSide][at % kTileSide] = tile_number(right);
+    right_odd[at / kTileSide][at % kTileSide] = tile_number(right & 0xffff0000);
   }
   for (int row = 0; row < kTileSide; ++row) {
-    float even[kTileSide] = {}, odd[kTileSide] = {}, sum[kTileSide];
+    float even[kTileSide] = {}, odd[kTileSide] = {};
     for (int pair = 0; pair < kTileSide; ++pair) {
       const uint32_t left = tiles[kLeft][row][pair];
-      const float left_even = tile_number(left << 16), left_odd = tile_number(left);
+      const float left_even = tile_number(left << 16), left_odd = tile_number(left & 0xffff0000);
       for (int column = 0; column < kTileSide; ++column) {
         even[column] = __builtin_fmaf(left_even, right_even[pair][column], even[column]);
         odd[column] = __builtin_fmaf(left_odd, right_odd[pair][column], odd[column]);
       }
     }
-    __builtin_memcpy(sum, tiles[kSum][row], sizeof(sum));
     for (int column = 0; column < kTileSide; ++column) {
-      sum[column] += even[column] + odd[column];
+      const float sum = tile_number(tiles[kSum][row][column]) + (even[column] + odd[column]);
+      __builtin_memcpy(&tiles[kSum][row][column], &sum, sizeof(sum));
     }
-    __builtin_memcpy(tiles[kSum][row], sum, sizeof(sum));
   }
 }
 
