@@ -39,7 +39,7 @@ class Environment(NamedTuple):
     runs: tuple[Run, ...]
 
 
-ALONE = Run((), ("attention*", "cpu_attention", "extension", "relpos"))
+ALONE = Run((), ("attention*", "cpu_attention", "cpu_memory", "extension", "relpos"))
 TIMM = Run(("timm==1.0.31", "scikit-learn"), (*ALONE.tests, "cli*", "gpsa", "models", "replace*"))
 # The oldest that the models take. Its own layer, which tests compare with, has neither float64 nor the meta device.
 OLD_TIMM = Run(
