@@ -7,7 +7,7 @@ pip shows that output only with -v, so REPORT goes into the package, for the fir
 Environment:
     CONVIT_KERNELS_CPU, CONVIT_KERNELS_CUDA   auto (the default), 0 (skip), 1 (fail when it cannot be built)
     CUDA_HOME                                 the CUDA toolkit, when it is not where nvcc says it is
-    CONVIT_KERNELS_EMULATE                    1: AVX-512's CPU kernels are compiled for AVX2, to test them there
+    CONVIT_KERNELS_EMULATE                    1: those of AVX-512 and AMX are compiled for AVX2 as well, to test them
     TORCH_CUDA_ARCH_LIST                      for example "8.0;9.0+PTX"; default: see DEFAULT_ARCHITECTURES
 """
 
