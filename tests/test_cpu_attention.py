@@ -17,7 +17,7 @@ INSTRUCTION_SETS = [] if extension.status["_C"] is not None else extension.instr
 # of the two that units multiply in different ways
 EACH_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 # in bytes: with the smaller one keys come in chunks from the first on, where the grid has 8 columns
-EACH_CACHE = pytest.mark.parametrize("cache", ["262144", "1024"])
+EACH_CACHE = pytest.mark.parametrize("cache", ["262144", "1024"], ids=["whole", "chunked"])
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)
