@@ -92,10 +92,10 @@ struct PairLayouts {
       const BFloat16* from, int64_t stride, int64_t rows, int64_t head_dim, uint32_t* to, int64_t depth) {
     for (int64_t row = 0; row < rows; ++row, from += stride, to += depth) {
       for (int64_t pair = 0; pair < head_dim / 2; ++pair) {
-        to[pair] = joined(from[2 * pair], from[2 * pair + 1]);
+        __builtin_memcpy(to + pair, from + 2 * pair, sizeof(uint32_t));
       }
       for (int64_t pair = head_dim / 2; pair < depth; ++pair) {
-        to[pair] = 2 * pair < head_dim ? joined(from[2 * pair], BFloat16{0}) : 0;
+        to[pair] = 2 * pair < head_dim ? from[2 * pair].bits : 0;
       }
     }
   }
@@ -103,12 +103,19 @@ struct PairLayouts {
   // (rows, channels) -> (pairs of rows, channels)
   static void copy_scattered(
       const BFloat16* from, int64_t stride, int64_t rows, int64_t head_dim, uint32_t* to, int64_t channels) {
+    constexpr int lanes = kLanes<uint32_t>;
     for (int64_t row = 0; row < round_up(rows, kSteps); row += 2, from += 2 * stride, to += channels) {
       const int64_t count = row < rows ? head_dim : 0;
-      for (int64_t channel = 0; channel < count; ++channel) {
-        to[channel] = joined(from[channel], row + 1 < rows ? from[stride + channel] : BFloat16{0});
+      const BFloat16* next = row + 1 < rows ? from + stride : nullptr;
+      int64_t channel = 0;
+      for (; channel + lanes <= count; channel += lanes) {
+        const Vector<uint32_t> odd = next == nullptr ? Vector<uint32_t>{} : load_halves(next + channel);
+        store(to + channel, load_halves(from + channel) | odd << 16);
       }
-      for (int64_t channel = count; channel < channels; ++channel) {
+      for (; channel < count; ++channel) {
+        to[channel] = from[channel].bits | static_cast<uint32_t>(next == nullptr ? 0 : next[channel].bits) << 16;
+      }
+      for (; channel < channels; ++channel) {
         to[channel] = 0;
       }
     }
@@ -147,8 +154,13 @@ struct PairLayouts {
     return to - keys * pairs;
   }
 
- protected:
-  static uint32_t joined(BFloat16 even, BFloat16 odd) { return even.bits | static_cast<uint32_t>(odd.bits) << 16; }
+
+ private:
+  static Vector<uint32_t> load_halves(const BFloat16* from) {
+    HalfVector halves;
+    __builtin_memcpy(&halves, from, sizeof(halves));
+    return __builtin_convertvector(halves, Vector<uint32_t>);
+  }
 };
 
 // Pairs, for instructions that add the products of two of them to a float.

@@ -79,13 +79,29 @@ void copy_rows(const S* from, int64_t stride, int64_t rows, int64_t head_dim, T*
   }
 }
 
-// The inverse, multiplied by `factor`.
+template <typename T, typename S>
+CONVIT_INLINE void narrow_row(const T* from, T factor, int64_t count, S* to) {
+  for (int64_t channel = 0; channel < count; ++channel) {
+    narrow(from[channel] * factor, to[channel]);
+  }
+}
+
+#ifdef __AVX512BF16__
+CONVIT_INLINE void narrow_row(const float* from, float factor, int64_t count, BFloat16* to) {
+  int64_t channel = 0;
+  for (; channel + kLanes<float> <= count; channel += kLanes<float>) {
+    const HalfVector narrow = narrow_lanes(load(from + channel) * factor);
+    __builtin_memcpy(to + channel, &narrow, sizeof(narrow));
+  }
+  narrow_row<float, BFloat16>(from + channel, factor, count - channel, to + channel);
+}
+#endif
+
+// The inverse of copy_rows, multiplied by `factor`.
 template <typename T, typename S>
 void write_rows(const T* from, int64_t channels, T factor, S* to, int64_t stride, int64_t rows, int64_t head_dim) {
   for (int64_t row = 0; row < rows; ++row, from += channels, to += stride) {
-    for (int64_t channel = 0; channel < head_dim; ++channel) {
-      narrow(from[channel] * factor, to[channel]);
-    }
+    narrow_row(from, factor, head_dim, to);
   }
 }
 
