@@ -80,13 +80,13 @@ CONVIT_INLINE void softmax_backward(
   Lanes<T, kVectors> content_sum{}, position_sum{}, along_x{}, along_y{}, squares{};
   for (int64_t y = 0; y < height; ++y) {
     Lanes<T, kVectors> content{}, plain{}, linear{}, quadratic{};
-    const int64_t row = y * width * columns;
-    for (int64_t x = 0; x < width * columns; x += columns) {
+    for (int64_t x = 0; x < width; ++x) {
+      const int64_t key = (y * width + x) * columns;
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        const Vector<T> d_map = load(d_scores + row + x + v * lanes);
-        const T* col = col_factor + x + v * lanes;
-        content.at[v] += load(scores + row + x + v * lanes) * d_map;
+        const Vector<T> d_map = load(d_scores + key + v * lanes);
+        const T* col = col_factor + x * columns + v * lanes;
+        content.at[v] += load(scores + key + v * lanes) * d_map;
         plain.at[v] += load(col) * d_map;
         linear.at[v] += load(col + col_table) * d_map;
         quadratic.at[v] += load(col + 2 * col_table) * d_map;
@@ -119,14 +119,14 @@ CONVIT_INLINE void softmax_backward(
     for (Vector<T>& part : factor.at) {
       part *= gate;
     }
-    const int64_t row = y * width * columns;
-    for (int64_t x = 0; x < width * columns; x += columns) {
+    for (int64_t x = 0; x < width; ++x) {
+      const int64_t key = (y * width + x) * columns;
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        T *score = scores + row + x + v * lanes, *d_score = d_scores + row + x + v * lanes;
+        T *score = scores + key + v * lanes, *d_score = d_scores + key + v * lanes;
         const Vector<T> map = load(score) * weight.at[v];
         store(d_score, map * (load(d_score) - content_sum.at[v]));
-        store(score, map + factor.at[v] * load(col_factor + x + v * lanes));
+        store(score, map + factor.at[v] * load(col_factor + x * columns + v * lanes));
       }
     }
   }
@@ -197,7 +197,7 @@ void backward(
       scatter(m.d_scores, m.queries, dk);
       const auto add_dq = key == 0 ? Operands::template gather<false> : Operands::template gather<true>;
       add_dq(
-          Operands::map_of_keys(m.d_scores + key * columns, columns, keys, m.map), columns,
+          map_of_keys<Operands>(m.d_scores + key * columns, columns, keys, m.map), columns,
           m.key_values + key / group * channels, channels, m.sums, 0, rows, columns, keys);
     }
     if (Operands::kTransposedSums) {

@@ -1,6 +1,7 @@
 // What the three products multiply, numbers or pairs of bfloat16, and how they do it on vectors.
 #pragma once
 
+#include "lanes.h"
 #include "packing.h"
 #include "products.h"
 
@@ -10,7 +11,7 @@ namespace {
 // The attention and its gradients are three products. An operand's type says how rows of a tensor and of a map are laid
 // out for them, and computes them; all else is the same for every one of them.
 //   scores   S[key, query]    = sum over channels of X[key] Y[query]          copy_rows, for Y transposed
-//   gather   G[query, d]     += sum over keys of M[key, query] X[key, d]      map_of_keys, copy_gathered
+//   gather   G[query, d]     += sum over keys of M[key, query] X[key, d]      pack_keys, copy_gathered
 //   scatter  A[key, d]       += sum over queries of M[key, query] Y[query, d] map_of_queries, copy_scattered
 template <typename T, typename OperandOf, int64_t kNumbers>
 struct VectorProducts {
@@ -78,7 +79,12 @@ struct Numbers : VectorProducts<T, T, 1> {
   static void copy_scattered(const S* from, int64_t stride, int64_t rows, int64_t head_dim, T* to, int64_t channels) {
     copy_rows(from, stride, rows, head_dim, to, channels);
   }
-  static const T* map_of_keys(const T* map, int64_t, int64_t, T*) { return map; }
+  template <int kVectors, typename Next>
+  CONVIT_INLINE static void pack_keys(const Next& next, int64_t keys, int64_t columns, T* to) {
+    for (int64_t key = 0; key < keys; ++key, to += columns) {
+      store_lanes(to, next());
+    }
+  }
   static const T* map_of_queries(const T* map, int64_t, int64_t, int64_t, T*) { return map; }
 };
 
@@ -121,17 +127,21 @@ struct PairLayouts {
     }
   }
 
-  // (keys, columns) -> (pairs of keys, columns)
-  static const uint32_t* map_of_keys(const float* map, int64_t columns, int64_t keys, uint32_t* to) {
-    constexpr int lanes = kLanes<float>;
-    for (int64_t key = 0; key < round_up(keys, kSteps); key += 2, map += 2 * columns) {
-      for (int64_t at = 0; at < columns; at += lanes) {
-        const Vector<float> even = key < keys ? load(map + at) : Vector<float>{};
-        const Vector<float> odd = key + 1 < keys ? load(map + columns + at) : Vector<float>{};
-        store(to + key / 2 * columns + at, narrow_pairs(even, odd));
+  // Some vectors of the rows of a map, (keys, columns), that next() gives in turn -> (pairs of keys, columns)
+  template <int kVectors, typename Next>
+  CONVIT_INLINE static void pack_keys(const Next& next, int64_t keys, int64_t columns, uint32_t* to) {
+    Lanes<uint32_t, kVectors> pairs{};
+    for (int64_t key = 0; key < keys; key += 2, to += columns) {
+      const Lanes<float, kVectors> even = next(), odd = key + 1 < keys ? next() : Lanes<float, kVectors>{};
+#pragma GCC unroll 4
+      for (int vector = 0; vector < kVectors; ++vector) {
+        pairs.at[vector] = narrow_pairs(even.at[vector], odd.at[vector]);
       }
+      store_lanes(to, pairs);
     }
-    return to;
+    for (int64_t key = round_up(keys, 2); key < round_up(keys, kSteps); key += 2, to += columns) {
+      store_lanes(to, Lanes<uint32_t, kVectors>{});
+    }
   }
 
   // (keys, columns) -> (keys, pairs of columns), of which the first `queries` count
@@ -154,7 +164,6 @@ struct PairLayouts {
     return to - keys * pairs;
   }
 
-
  private:
   static Vector<uint32_t> load_halves(const BFloat16* from) {
     HalfVector halves;
@@ -170,6 +179,27 @@ struct Pairs : VectorProducts<float, uint32_t, 2>, PairLayouts<2> {
     copy_scattered(from, stride, rows, head_dim, to, channels);
   }
 };
+
+// A map of numbers, (keys, columns), as gather reads it: laid out anew in `packed`, where it is not so.
+template <typename Operands>
+const typename Operands::Operand* map_of_keys(
+    const typename Operands::Compute* map, int64_t columns, int64_t keys, typename Operands::Operand* packed) {
+  if constexpr (Operands::kGroup == 1) {
+    return map;
+  } else {
+    for_each_group<typename Operands::Compute>(columns, [&](auto width, int64_t at) {
+      constexpr int vectors = decltype(width)::value;
+      const auto* row = map + at;
+      const auto next = [&] {
+        const auto lanes = load_lanes<vectors>(row);
+        row += columns;
+        return lanes;
+      };
+      Operands::template pack_keys<vectors>(next, keys, columns, packed + at);
+    });
+    return packed;
+  }
+}
 
 }  // namespace
 }  // namespace convit_kernels

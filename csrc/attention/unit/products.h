@@ -17,8 +17,8 @@ CONVIT_INLINE Vector<float> multiply_add(Vector<uint32_t> left, Vector<uint32_t>
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(left), reinterpret_cast<__m512bh>(right));
 #else
   const Vector<uint32_t> high = Vector<uint32_t>{} + 0xffff0000u;
-  sum += reinterpret_cast<Vector<float>>(left & high) * reinterpret_cast<Vector<float>>(right & high);
-  return sum + reinterpret_cast<Vector<float>>(left << 16) * reinterpret_cast<Vector<float>>(right << 16);
+  sum += reinterpret_cast<Vector<float> >(left & high) * reinterpret_cast<Vector<float> >(right & high);
+  return sum + reinterpret_cast<Vector<float> >(left << 16) * reinterpret_cast<Vector<float> >(right << 16);
 #endif
 }
 
