@@ -12,7 +12,15 @@ namespace {
 // out for them, and computes them; all else is the same for every one of them.
 //   scores   S[key, query]    = sum over channels of X[key] Y[query]          copy_rows, for Y transposed
 //   gather   G[query, d]     += sum over keys of M[key, query] X[key, d]      pack_keys, copy_gathered
-//   scatter  A[key, d]       += sum over queries of M[key, query] Y[query, d] map_of_queries, copy_scattered
+//   scatter  A[key, d]       += sum over queries of M[key, query] Y[query, d] pack_gradients, copy_scattered
+
+// What the backward multiplies for some keys: the map and the gradient of the scores as (keys, queries), to sum along
+// the queries, and the latter also to sum along the keys.
+template <typename Operand>
+struct MapAndGradient {
+  Operand *map, *gradient, *gradient_of_keys;
+};
+
 template <typename T, typename OperandOf, int64_t kNumbers>
 struct VectorProducts {
   using Compute = T;
@@ -85,7 +93,16 @@ struct Numbers : VectorProducts<T, T, 1> {
       store_lanes(to, next());
     }
   }
-  static const T* map_of_queries(const T* map, int64_t, int64_t, int64_t, T*) { return map; }
+  template <int kVectors, typename Next>
+  CONVIT_INLINE static void pack_gradients(
+      const Next& next, int64_t keys, int64_t columns, int64_t at, const MapAndGradient<T>& to) {
+    for (int64_t key = 0; key < keys; ++key) {
+      const auto row = next();
+      store_lanes(to.map + key * columns + at, row.map);
+      store_lanes(to.gradient + key * columns + at, row.gradient);
+    }
+  }
+  static void clear_unused(const MapAndGradient<T>&, int64_t, int64_t, int64_t) {}
 };
 
 // The layouts of pairs of bfloat16 numbers: of adjacent channels in queries and keys, of adjacent keys or queries in a
@@ -130,12 +147,12 @@ struct PairLayouts {
   // Some vectors of the rows of a map, (keys, columns), that next() gives in turn -> (pairs of keys, columns)
   template <int kVectors, typename Next>
   CONVIT_INLINE static void pack_keys(const Next& next, int64_t keys, int64_t columns, uint32_t* to) {
-    Lanes<uint32_t, kVectors> pairs{};
+    Lanes<uint32_t, kVectors> pairs;
     for (int64_t key = 0; key < keys; key += 2, to += columns) {
       const Lanes<float, kVectors> even = next(), odd = key + 1 < keys ? next() : Lanes<float, kVectors>{};
 #pragma GCC unroll 4
       for (int vector = 0; vector < kVectors; ++vector) {
-        pairs.at[vector] = narrow_pairs(even.at[vector], odd.at[vector]);
+        pairs.at[vector] = NarrowPair(even.at[vector], odd.at[vector]).pairs;
       }
       store_lanes(to, pairs);
     }
@@ -144,24 +161,48 @@ struct PairLayouts {
     }
   }
 
-  // (keys, columns) -> (keys, pairs of columns), of which the first `queries` count
-  static const uint32_t* map_of_queries(
-      const float* map, int64_t columns, int64_t queries, int64_t keys, uint32_t* to) {
-    constexpr int lanes = kLanes<float>;
-    const int64_t pairs = round_up(columns, kSteps) / 2;
-    for (int64_t key = 0; key < keys; ++key, map += columns, to += pairs) {
-      for (int64_t at = 0; at < columns; at += lanes) {
-        const HalfVector narrow = narrow_lanes(load(map + at));
-        __builtin_memcpy(to + at / 2, &narrow, sizeof(narrow));
-      }
-      if (queries % 2 != 0) {
-        to[queries / 2] &= 0xffff;
-      }
-      for (int64_t pair = ceil_div(queries, 2); pair < round_up(queries, kSteps) / 2; ++pair) {
-        to[pair] = 0;
+  // Some vectors, from column `at` on, of the rows that next() gives in turn.
+  template <int kVectors, typename Next>
+  CONVIT_INLINE static void pack_gradients(
+      const Next& next, int64_t keys, int64_t columns, int64_t at, const MapAndGradient<uint32_t>& to) {
+    const int64_t stride = round_up(columns, kSteps) / 2;
+    const auto put = [&](uint32_t* map, int64_t key, int vector, HalfVector halves) {
+      __builtin_memcpy(map + key * stride + at / 2 + vector * kLanes<float> / 2, &halves, sizeof(halves));
+    };
+    for (int64_t key = 0; key < keys; key += 2) {
+      const bool paired = key + 1 < keys;
+      const auto even = next(), odd = paired ? next() : decltype(even){};
+#pragma GCC unroll 4
+      for (int vector = 0; vector < kVectors; ++vector) {
+        const NarrowPair map(even.map.at[vector], odd.map.at[vector]);
+        const NarrowPair gradient(even.gradient.at[vector], odd.gradient.at[vector]);
+        put(to.map, key, vector, map.even);
+        put(to.gradient, key, vector, gradient.even);
+        if (paired) {
+          put(to.map, key + 1, vector, map.odd);
+          put(to.gradient, key + 1, vector, gradient.odd);
+        }
+        store(to.gradient_of_keys + key / 2 * columns + at + vector * kLanes<float>, gradient.pairs);
       }
     }
-    return to - keys * pairs;
+  }
+
+  // Sets to zero what belongs to no query and to no key, and yet is multiplied.
+  static void clear_unused(const MapAndGradient<uint32_t>& to, int64_t keys, int64_t columns, int64_t queries) {
+    const int64_t stride = round_up(columns, kSteps) / 2;
+    for (int64_t key = 0; key < keys; ++key) {
+      uint32_t *map = to.map + key * stride, *gradient = to.gradient + key * stride;
+      if (queries % 2 != 0) {
+        map[queries / 2] &= 0xffff;
+        gradient[queries / 2] &= 0xffff;
+      }
+      for (int64_t pair = ceil_div(queries, 2); pair < round_up(queries, kSteps) / 2; ++pair) {
+        map[pair] = gradient[pair] = 0;
+      }
+    }
+    for (int64_t at = ceil_div(keys, 2) * columns; at < round_up(keys, kSteps) / 2 * columns; at += kLanes<float>) {
+      store(to.gradient_of_keys + at, Vector<uint32_t>{});
+    }
   }
 
  private:
