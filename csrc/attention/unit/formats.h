@@ -81,7 +81,7 @@ struct NarrowPair {
         31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
         16, 0);
     const __m512i rows = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd_row, even_row));
-    even = reinterpret_cast<HalfVector>(_mm512_castsi512_si256(rows));
+    even = reinterpret_cast<HalfVector>(_mm512_maskz_extracti64x4_epi64(0xff, rows, 0));
     odd = reinterpret_cast<HalfVector>(_mm512_maskz_extracti64x4_epi64(0xff, rows, 1));
     pairs = reinterpret_cast<Vector<uint32_t>>(_mm512_maskz_permutexvar_epi16(0xffffffff, in_turn, rows));
 #else
