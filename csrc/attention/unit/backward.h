@@ -167,18 +167,22 @@ void backward(
     const int64_t begin = m.blocks.begin(block), rows = m.blocks.rows(block), columns = m.blocks.columns(block);
     // A product of keys or values with the block's queries or gradients, which are then laid out for the sums over
     // them.
-    const auto score = [&](const Operand* left, const Strided& right, Operand* scattered, T* to) {
+    const auto score = [&](int64_t part, const Operand* left, const Strided& right, Operand* scattered, T* to) {
       const S* from = rows_of<S>(p, right, image_head) + begin * right.token;
       Operand* as_rows = group == 1 ? scattered : m.rows;
       Operands::copy_rows(from, right.token, rows, head_dim, as_rows, depth);
       transpose_rows(as_rows, rows, depth, m.transposed, columns);
-      Operands::scores(left, m.transposed, to, tokens, columns, depth, head_dim);
+      for (int64_t key = 0; key < tokens; key += kPiece) {
+        const int64_t keys = minimum(kPiece, tokens - key), at = (2 * begin + part * rows) * tokens + key * rows;
+        next.prefetch(at, at + keys * rows, 2 * tokens);
+        Operands::scores(left + key * depth, m.transposed, to + key * columns, keys, columns, depth, head_dim);
+      }
       if (group > 1) {
         Operands::copy_scattered(from, right.token, rows, head_dim, scattered, channels);
       }
     };
-    score(m.keys, p.q, m.queries, m.scores);
-    score(m.values, p.d_out, m.d_out, m.d_map);
+    score(0, m.keys, p.q, m.queries, m.scores);
+    score(1, m.values, p.d_out, m.d_out, m.d_map);
 
     fill_coordinates(begin, columns, p.width, m.x, m.y);
     fill_factor<true>(pos_weight[0], pos_weight[2], p.width, m.x, columns, m.col_factor);
@@ -192,7 +196,6 @@ void backward(
     const auto scatter = block == block_begin ? Operands::template scatter<false> : Operands::template scatter<true>;
     for (int64_t key = 0; key < tokens; key += m.chunks.size) {
       const int64_t keys = m.chunks.rows(key);
-      next.prefetch(begin * tokens + key * rows, begin * tokens + (key + keys) * rows, tokens);
       const MapAndGradient<Operand> map = m.packed_in_place_of(m.scores + key * columns, m.d_map + key * columns);
       for_each_group<T>(columns, [&](auto group_width, int64_t at) {
         constexpr int vectors = decltype(group_width)::value;

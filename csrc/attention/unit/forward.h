@@ -165,8 +165,12 @@ struct ForwardBlock {
     const Panel all = panel(0);  // a block is no larger
     for (int64_t key = 0; key < tokens; key += m.chunks.size) {
       const int64_t keys = m.chunks.rows(key);
-      next.prefetch(begin * tokens + key * rows, begin * tokens + (key + keys) * rows, tokens);
-      score(all, source.keys(key, keys), keys, m.scores + key * columns);
+      const Operand* chunk = source.keys(key, keys);
+      for (int64_t at = 0; at < keys; at += kPiece) {
+        const int64_t piece = minimum(kPiece, keys - at), from = begin * tokens + (key + at) * rows;
+        next.prefetch(from, from + piece * rows, tokens);
+        score(all, chunk + at * m.depth, piece, m.scores + (key + at) * columns);
+      }
     }
     for_each_group<T>(columns, [&](auto width, int64_t at) {
       constexpr int vectors = decltype(width)::value;

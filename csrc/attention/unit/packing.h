@@ -86,6 +86,17 @@ CONVIT_INLINE void narrow_row(const T* from, T factor, int64_t count, S* to) {
   }
 }
 
+#ifdef __F16C__
+CONVIT_INLINE void narrow_row(const float* from, float factor, int64_t count, Half* to) {
+  int64_t channel = 0;
+  for (; channel + 8 <= count; channel += 8) {
+    const __m256 value = _mm256_loadu_ps(from + channel) * factor;
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + channel), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+  }
+  narrow_row<float, Half>(from + channel, factor, count - channel, to + channel);
+}
+#endif
+
 #ifdef __AVX512BF16__
 CONVIT_INLINE void narrow_row(const float* from, float factor, int64_t count, BFloat16* to) {
   int64_t channel = 0;
