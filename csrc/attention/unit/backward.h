@@ -72,10 +72,11 @@ struct BackwardMemory {
   }
 
   // The more queries, the fewer times dk and dv are read and written, for as long as the scores of a block and their
-  // gradients take no more than half of the cache.
+  // gradients take no more than half of the cache, and there are blocks enough for many threads.
   static int64_t block_vectors(const Problem& p) {
     const int64_t rows = 2 * p.height * p.width + 3 * (p.height + p.width);
-    return maximum(kTileVectors, minimum(3 * kTileVectors, p.cache / 2 / (rows * kVectorBytes)));
+    const int64_t most = p.images * p.heads < kPieces ? 3 * kTileVectors : Operands::kBlockVectors;
+    return maximum(kTileVectors, minimum(most, p.cache / 2 / (rows * kVectorBytes)));
   }
 };
 

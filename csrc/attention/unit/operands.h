@@ -25,10 +25,11 @@ template <typename T, typename OperandOf, int64_t kNumbers>
 struct VectorProducts {
   using Compute = T;
   using Operand = OperandOf;
-  static constexpr int64_t kGroup = kNumbers;     // numbers in an operand
-  static constexpr int64_t kSteps = kNumbers;     // what is summed over is padded with zeros to a multiple of that
-  static constexpr int64_t kRows = kTileRows;     // chunks of keys are a multiple of that
-  static constexpr bool kTransposedSums = false;  // gather's sums are (queries, channels)
+  static constexpr int64_t kGroup = kNumbers;  // numbers in an operand
+  static constexpr int64_t kSteps = kNumbers;  // what is summed over is padded with zeros to a multiple of that
+  static constexpr int64_t kRows = kTileRows;  // chunks of keys are a multiple of that
+  static constexpr int64_t kBlockVectors = 3 * kTileVectors;  // of queries, in a block of the backward, at most
+  static constexpr bool kTransposedSums = false;              // gather's sums are (queries, channels)
 
   struct Session {
     Session() {}  // not a trivial type: an unused variable of it is no mistake
