@@ -42,7 +42,7 @@ def _limit(dtype: torch.dtype, isa: str) -> tuple[float, str]:
         return 40e3, f"PyTorch's products of {name} are faster than those of the unit {unit}"
     if dtype == torch.float64:
         # Measured on that EPYC, forward + backward, the same ratio for 393, 884 and 1573 kB: avx2 1.0, 1.1 to 1.2 and
-        # 1.2; avx512 0.8, 0.9 and 1.0 to 1.2. Forward alone avx512 is 0.7 to 0.8 throughout. Not measured elsewhere.
+        # 1.2; avx512 0.8 to 0.9, 0.9 and 1.0 to 1.2. Forward alone avx512 has 0.7 to 0.8. Not measured elsewhere.
         return 800e3, "PyTorch's backward of float64 may be faster once a head's gradients leave the caches"
     return math.inf, ""
 
