@@ -329,8 +329,7 @@ MUTANTS = [
         "the map is truncated to bfloat16",
         "TestRounding::test_the_rows_of_the_map_sum_to_one",
         "narrow_pairs(even, odd)",
-        "reinterpret_cast<Vector<uint32_t>>(even) >> 16 |"
-        " (reinterpret_cast<Vector<uint32_t>>(odd) & 0xffff0000u)",
+        "reinterpret_cast<Vector<uint32_t>>(even) >> 16 | (reinterpret_cast<Vector<uint32_t>>(odd) & 0xffff0000u)",
         only="avx512_bf16",
     ),
     Mutant(
