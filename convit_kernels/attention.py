@@ -21,12 +21,13 @@ class Backend(NamedTuple):
 class _Entry(NamedTuple):
     attention: Callable[[Inputs], Tensor]
     why_not: Callable[[Inputs | None], str]  # "" when it can run: on those inputs, or on this machine at all for None
+    why_slower: Callable[[Inputs], str] = lambda inputs: ""  # "" but where the next is expected to be faster
 
 
-# fastest first: backend=None takes the first that can run
+# fastest first: backend=None takes the first that can run and is not expected to be slower than the next
 _BACKENDS: dict[str, _Entry] = {
     "triton": _Entry(triton.attention, triton.why_not),
-    "cpu": _Entry(cpu.attention, cpu.why_not),
+    "cpu": _Entry(cpu.attention, cpu.why_not, cpu.why_slower),
     "composite": _Entry(composite.attention, composite.why_not),
     "reference": _Entry(reference.attention, reference.why_not),
 }
@@ -55,7 +56,7 @@ def check_backend(name: str | None) -> None:
 
 def fastest(inputs: Inputs) -> str:
     """The name of the backend that backend=None takes."""
-    return next(name for name in _BACKENDS if not why_not(name, inputs))
+    return next(name for name, entry in _BACKENDS.items() if not entry.why_not(inputs) and not entry.why_slower(inputs))
 
 
 def _choose(name: str | None, inputs: Inputs) -> _Entry:

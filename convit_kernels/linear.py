@@ -1,19 +1,26 @@
 """Linear layers by oneDNN, where PyTorch's own go to a slower library.
 
 PyTorch gives a float32 linear layer to MKL, which takes AVX2 on processors of AMD that have AVX-512; oneDNN takes
-AVX-512 there. On a Zen 5 it was 2.1 to 2.2 times faster forward and 1.5 to 2.1 backward; with AVX2 alone it is not.
+AVX-512 there. What that is worth depends on the processor, and so a short trial decides: on a Zen 5 oneDNN was 2.1 to
+2.2 times faster forward and 1.5 to 2.1 backward, on a Zen 4 no faster forward and slower backward.
 """
 
 import os
-import platform
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-VARIABLE = "CONVIT_KERNELS_ONEDNN"  # 1: wherever it works, 0: never; else where it is known to be faster
+VARIABLE = "CONVIT_KERNELS_ONEDNN"  # 1: wherever it works, 0: never; else where a trial finds it faster
+FASTER = 1.15  # oneDNN is taken where it is so many times as fast in each product of a trial: less may be noise
+DISTURBED = 0.002  # seconds: a product that takes longer (0.3 ms on a Zen 4) waited for threads, and tells nothing
+_T = TypeVar("_T")
 
 
 class _OnednnLinear(torch.autograd.Function):
@@ -63,27 +70,86 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _OnednnLinear.apply(x, weight, bias)  # type: ignore[no-any-return]
 
 
-@lru_cache(maxsize=1)
+def _once_apart(function: Callable[[], _T]) -> Callable[[], _T]:
+    """The function, called once a process, in a thread of its own, and its result kept.
+
+    A new thread has none of the modes that the caller may be under: autocast, fake tensors, torch.func's transforms,
+    another default device, tracing, a profile.
+    """
+
+    @lru_cache(maxsize=1)
+    def apart() -> _T:
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            return thread.submit(function).result()
+
+    lock = threading.Lock()  # callers of several threads wait for one trial
+
+    @wraps(function)
+    def once() -> _T:
+        with lock:
+            return apart()
+
+    return once
+
+
+@_once_apart
 def works() -> bool:
     """Whether this build of PyTorch has the product, and its result is right."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
-    x, weight, bias = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3), torch.arange(4.0)
+    x, weight, bias = (torch.arange(n, dtype=torch.float32, device="cpu") for n in (6, 12, 4))
+    x, weight = x.view(2, 3), weight.view(4, 3)
     try:
         return torch.equal(onednn_linear(x, weight, bias), x @ weight.t() + bias)
     except (RuntimeError, TypeError):  # a signature of another version
         return False
 
 
-@lru_cache(maxsize=1)
-def _known_to_be_faster() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    amd = platform.machine() == "x86_64" and cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
-    return amd and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+def _trial() -> dict[str, tuple[float, float]]:
+    """Seconds of PyTorch's own product and of oneDNN's: forward, and for the gradients of x and of the weight.
+
+    The layer is that of queries and keys in ConViT-Ti, with an image's tokens for each thread, up to 8: 29 MFLOP a
+    thread. Of some processor times of this thread the least counts: it depends little on what else the machine does.
+    """
+    rows, channels, out = 196 * min(torch.get_num_threads(), 8), 192, 384
+    # ones: the generator of random numbers is the user's
+    x, weight, grad = (
+        torch.ones(*size, dtype=torch.float32, device="cpu")
+        for size in ((rows, channels), (out, channels), (rows, out))
+    )
+    products = {"forward": (x, weight), "for the gradient of x": (grad, weight.t()), "of the weight": (grad.t(), x.t())}
+    ways: tuple[Callable[..., Tensor], ...] = F.linear, onednn_linear
+    seconds = {}
+    for name, (left, right) in products.items():
+        times: tuple[list[float], list[float]] = [], []
+        for _ in range(6):
+            for way, taken in zip(ways, times, strict=True):
+                begin = time.thread_time()
+                way(left, right, None)
+                taken.append(time.thread_time() - begin)
+        seconds[name] = min(times[0][1:]), min(times[1][1:])  # the first call prepares what the others use
+    return seconds
 
 
-def wanted() -> bool:
-    """Whether linear layers are to go to oneDNN here.
+@_once_apart
+def _faster() -> tuple[bool, str]:
+    """Whether oneDNN is faster here, and by which figures."""
+    seconds = _trial()
+    figures = ", ".join(
+        f"{1e3 * plain:.2f} and {1e3 * onednn:.2f} ms {name}" for name, (plain, onednn) in seconds.items()
+    )
+    taken = all(FASTER * onednn < plain < DISTURBED for plain, onednn in seconds.values())
+    return taken, (
+        f"a trial with {torch.get_num_threads()} threads took PyTorch and oneDNN {figures}; oneDNN is taken "
+        f"where it is {FASTER} times as fast in each, and none takes {1e3 * DISTURBED:g} ms"
+    )
+
+
+def choice() -> tuple[bool, str]:
+    """Whether float32 linear layers on the CPU go to oneDNN, and why or why not.
+
+    The environment variable and PyTorch's own switch are read at each call. Without the variable a trial of about ten
+    milliseconds decides, once a process, at the first call.
 
     Raises:
         ValueError: the environment variable has another value than 0, 1 or nothing.
@@ -91,8 +157,13 @@ def wanted() -> bool:
     wish = os.environ.get(VARIABLE, "")
     if wish not in ("", "0", "1"):
         raise ValueError(f"{VARIABLE}={wish}: allowed are 0, 1, and nothing for the faster one")
-    chosen = wish == "1" or (wish == "" and _known_to_be_faster())
-    return chosen and bool(torch.backends.mkldnn.enabled) and works()
+    if wish == "0":
+        return False, f"{VARIABLE}=0"
+    if not torch.backends.mkldnn.enabled:
+        return False, "torch.backends.mkldnn.enabled is False"
+    if not works():
+        return False, "this build of PyTorch has no such product"
+    return (True, f"{VARIABLE}=1") if wish else _faster()
 
 
 def why_not_plain(layer: nn.Module, *kinds: type[nn.Module]) -> str:
@@ -109,14 +180,13 @@ def why_not_plain(layer: nn.Module, *kinds: type[nn.Module]) -> str:
 
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer(x)`, by oneDNN where it is wanted, and the layer and x are such as it takes.
+    """`layer(x)`, by oneDNN where it is taken, and the layer and x are such as it takes.
 
     torch.compile and torch.export see the layer itself: inductor has its own way to oneDNN.
     """
     if (
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]  # it does not know the op
-        and wanted()
         and isinstance(layer, nn.Linear)
         and not why_not_plain(layer, nn.Linear)
         and type(layer.weight) is nn.Parameter
@@ -125,6 +195,7 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
         and x.dtype == layer.weight.dtype == torch.float32
         and x.numel() > 0  # the gradient of the weight would be a product over nothing
         and not torch.is_autocast_enabled("cpu")
+        and choice()[0]  # the last, since it may take a trial
     ):
         out: Tensor = onednn_linear(x, layer.weight, layer.bias)
     else:

@@ -88,7 +88,7 @@ MUTANTS = [
         "TestEquivalence::test_grids",
         "image_head % p.heads",
         "0",
-        "head = …;",
+        "head = …, tokens = p.height * p.width;\n  const int64_t channels",
     ),
     # storage formats
     Mutant(
@@ -186,8 +186,8 @@ MUTANTS = [
     Mutant(
         "position is mixed in without the gate",
         "TestEquivalence::test_grids",
-        "load(row_factor + y * columns + vector * kLanes<T>) * gate",
-        "load(row_factor + y * columns + vector * kLanes<T>)",
+        "row_.at[vector] *= gate_",
+        "row_.at[vector] *= 1",
     ),
     Mutant(
         "the offset's mean is left out of its gradient",
@@ -303,14 +303,15 @@ MUTANTS = [
     Mutant(
         "the softmax's gradient without its mean",
         "TestEquivalence::test_grids",
-        "load(d_score) - content_sum.at[v]",
-        "load(d_score)",
+        "load(d_map + v * kLanes<T>) - content_sum.at[v]",
+        "load(d_map + v * kLanes<T>)",
     ),
     Mutant(
         "the map of the backward without the gate on position",
         "TestEquivalence::test_grids",
-        "part *= gate",
-        "part *= 1",
+        "gate",
+        "T(1)",
+        "p.width, weight, …);",
     ),
     Mutant(
         "the gate's gradient: a sign",
@@ -328,15 +329,17 @@ MUTANTS = [
     Mutant(
         "the map is truncated to bfloat16",
         "TestRounding::test_the_rows_of_the_map_sum_to_one",
-        "narrow_pairs(even, odd)",
-        "reinterpret_cast<Vector<uint32_t>>(even) >> 16 | (reinterpret_cast<Vector<uint32_t>>(odd) & 0xffff0000u)",
+        "NarrowPair(even.at[vector], odd.at[vector]).pairs",
+        "reinterpret_cast<Vector<uint32_t>>(even.at[vector]) >> 16 |"
+        " (reinterpret_cast<Vector<uint32_t>>(odd.at[vector]) & 0xffff0000u)",
         only="bf16",
     ),
     Mutant(
         "the map of the backward is truncated to bfloat16",
         "TestRounding::test_the_columns_of_the_map_are_not_truncated",
-        "narrow_lanes(load(map + at))",
-        "__builtin_convertvector(reinterpret_cast<Vector<uint32_t>>(load(map + at)) >> 16, HalfVector)",
+        "row.map = mix(e);",
+        "row.map = mix(e); for (Vector<T>& part : row.map.at) { part = reinterpret_cast<Vector<T>>("
+        "reinterpret_cast<Vector<uint32_t>>(part) & (sizeof(T) == 4 ? 0xffff0000u : ~0u)); }",
         only="bf16",
     ),
     Mutant(
@@ -358,6 +361,7 @@ MUTANTS = [
         "TestEquivalence::test_grids",
         "key + 1 < keys",
         "key + 2 < keys",
+        "odd = … ? next()",
         only="bf16",
     ),
     # tiles

@@ -1,6 +1,7 @@
 """The commands, as a user types them."""
 
 import json
+import math
 import os
 import re
 import runpy
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 import convit_kernels as ck
 from convit_kernels import attention, extras
 from convit_kernels.bench import profile
-from convit_kernels.cli import app, demo, selfcheck
+from convit_kernels.cli import app, demo, info, selfcheck
 from convit_kernels.cli.output import whole
 
 ROOT = Path(__file__).parents[1]
@@ -47,11 +48,26 @@ def test_info_names_every_backend_and_library():
         assert name in result.output
 
 
-def test_info_as_json():
+def test_info_as_json(monkeypatch):
+    monkeypatch.setenv("CONVIT_KERNELS_ONEDNN", "0")
     report = json.loads(run("info", "--json").output)
     assert report["machine"]["torch"] == torch.__version__
     assert [backend["name"] for backend in report["backends"]] == [backend.name for backend in ck.backends()]
     assert set(report["native_libraries"]) == {"_C", "_C_cuda"}
+    assert report["linear_layers"] == {"library": "PyTorch's own", "reason": "CONVIT_KERNELS_ONEDNN=0"}
+
+
+def test_info_names_what_goes_to_the_composite_and_why(monkeypatch):
+    monkeypatch.setenv("CONVIT_KERNELS_ONEDNN", "0")
+    monkeypatch.setattr(
+        info.cpu, "limit", lambda dtype: (32e3, "it has AMX") if dtype == torch.bfloat16 else (math.inf, "")
+    )
+    monkeypatch.setattr(info.extension, "units_by_dtype", lambda: {"float32": "avx2", "bfloat16": "avx2"})
+    monkeypatch.setitem(info.extension.status, "_C", None)
+    report = json.loads(run("info", "--json").output)
+    assert report["composite_from"] == {"bfloat16": {"key_bytes": 32e3, "reason": "it has AMX"}}
+    output = re.sub(r"[│\s]+", " ", run("info").output)  # without the table's lines
+    assert "bfloat16 avx2; composite where a head's keys have 32 kB or more: it has AMX" in output
 
 
 @NO_GPU

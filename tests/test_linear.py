@@ -1,12 +1,17 @@
 """Linear layers by oneDNN: results and gradients of F.linear, which is called wherever more is asked of the layer."""
 
 import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
 from equivalence import assert_as_exact
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 
 import convit_kernels as ck
@@ -169,22 +174,111 @@ class TestTransforms:
         torch.testing.assert_close(found, expected)
 
 
+def times(**seconds):
+    """A trial's (PyTorch, oneDNN) times: oneDNN twice as fast, but for these."""
+    return {"forward": (1e-3, 5e-4), "x": (1e-3, 5e-4), "weight": (1e-3, 5e-4)} | seconds
+
+
+@pytest.fixture
+def undecided(monkeypatch):
+    """Makes this process one that has decided nothing yet; a trial is what is passed."""
+
+    def decide_by(trial):
+        monkeypatch.delenv(linear.VARIABLE, raising=False)
+        monkeypatch.setattr(linear, "_trial", trial)
+        monkeypatch.setattr(linear, "_faster", linear._once_apart(linear._faster.__wrapped__))
+
+    return decide_by
+
+
+@contextmanager
+def _deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+UNDER = {
+    "autocast": lambda f: _within(torch.autocast("cpu", torch.bfloat16), f),
+    "fake tensors": lambda f: _within(FakeTensorMode(), f),
+    "another device": lambda f: _within(torch.device("meta"), f),
+    "inference": lambda f: _within(torch.inference_mode(), f),
+    "deterministic": lambda f: _within(_deterministic(), f),
+    "vmap": lambda f: torch.func.vmap(lambda x: (f(), x)[1])(torch.ones(2)),
+    "grad": lambda f: torch.func.grad(lambda x: (f(), x)[1])(torch.ones(())),
+    "make_fx": lambda f: make_fx(lambda x: (f(), x)[1])(torch.ones(2)),
+}
+
+
+def _within(context, function):
+    with context:
+        function()
+
+
 class TestChoice:
-    @pytest.mark.parametrize("value", ["", "0", "1"])
-    def test_the_environment_decides_else_the_processor(self, value, monkeypatch):
+    @pytest.mark.parametrize("value", ["0", "1"])
+    def test_the_environment_decides_without_a_trial(self, value, undecided, monkeypatch):
+        undecided(lambda: pytest.fail("a trial"))
         monkeypatch.setenv(linear.VARIABLE, value)
-        for faster in (False, True):
-            monkeypatch.setattr(linear, "_known_to_be_faster", lambda faster=faster: faster)
-            assert linear.wanted() == (value == "1" or (value == "" and faster))
+        assert linear.choice() == (value == "1", f"CONVIT_KERNELS_ONEDNN={value}")
+
+    @pytest.mark.parametrize(
+        ("found", "faster"),
+        [
+            (times(), True),
+            (times(forward=(1.1e-3, 1e-3)), False),
+            (times(x=(1e-3, 1e-3)), False),
+            (times(weight=(1e-3, 2e-3)), False),
+            (times(forward=(20e-3, 5e-3)), False),  # threads waited for a processor
+            (times(forward=(0.0, 0.0)), False),  # the clock is too coarse
+        ],
+    )
+    def test_else_what_a_trial_finds_clearly_faster_in_each_product(self, found, faster, undecided):
+        undecided(lambda: found)
+        layer, x = nn.Linear(4, 3), torch.randn(2, 4)
+        assert runs_onednn(lambda: linear.project(layer, x)) == faster
+        plain, onednn = (1e3 * one for one in found["forward"])
+        assert f"{plain:.2f} and {onednn:.2f} ms forward" in linear.choice()[1]
+
+    def test_one_trial_a_process_by_whichever_thread_comes_first(self, undecided):
+        trials = []
+
+        def trial():
+            trials.append(times() if not trials else times(x=(1.0, 1.0)))
+            time.sleep(0.01)
+            return trials[-1]
+
+        undecided(trial)
+        with ThreadPoolExecutor(8) as pool:
+            decisions = {each.result() for each in [pool.submit(linear.choice) for _ in range(8)]}
+        assert len(trials) == len(decisions) == 1
+
+    def test_a_layer_that_could_not_take_it_needs_no_trial(self, undecided):
+        undecided(lambda: pytest.fail("a trial"))
+        linear.project(nn.Linear(4, 3).double(), torch.randn(2, 4).double())
+        linear.project(_hooked(nn.Linear(4, 3)), torch.randn(2, 4))
+        torch.compile(lambda x: linear.project(nn.Linear(4, 3), x), backend="eager")(torch.randn(2, 4))
+
+    @pytest.mark.parametrize("mode", UNDER)
+    def test_a_trial_is_apart_from_what_the_caller_is_under(self, mode, undecided):
+        undecided(linear._trial)
+        state = torch.get_rng_state()
+        UNDER[mode](linear.choice)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert "a trial with" in linear.choice()[1]
+
+    def test_a_trial_is_not_in_the_users_profile(self, undecided):
+        undecided(linear._trial)
+        assert not runs_onednn(linear.choice)
 
     def test_it_can_be_switched_off_in_pytorch(self):
         with torch.backends.mkldnn.flags(enabled=False):
-            assert not linear.wanted()
+            assert linear.choice() == (False, "torch.backends.mkldnn.enabled is False")
 
     def test_another_value_is_refused(self, monkeypatch):
         monkeypatch.setenv(linear.VARIABLE, "yes")
         with pytest.raises(ValueError, match="CONVIT_KERNELS_ONEDNN=yes: allowed are 0, 1"):
-            linear.wanted()
+            linear.choice()
 
 
 @pytest.mark.parametrize("qkv_bias", [True, False])

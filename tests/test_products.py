@@ -95,7 +95,9 @@ def products(request, libraries):
     found = Products(libraries[unit].result(), dtype)
     before = found.library.faults_so_far()
     yield found
-    assert found.library.faults_so_far() == before, "written behind a buffer, or padding that is not zero"
+    assert found.library.faults_so_far() == before, (
+        "written behind a buffer, padding that is not zero, or another packing"
+    )
 
 
 @pytest.fixture(params=["keys", "queries", "head_dim"])

@@ -221,9 +221,8 @@ std::tuple<Tensor, Tensor, Tensor> gated_attention(
 // Pieces of an image and head that have accumulators of their own. The problem alone decides, never the number of
 // threads: sums have the same order, and so the same bits, on any number of them.
 int64_t pieces(const Problem& p, int64_t blocks) {
-  constexpr int64_t enough = 32;
   const int64_t image_heads = std::max<int64_t>(1, p.images * p.heads);
-  return std::min(blocks, (enough + image_heads - 1) / image_heads);
+  return std::min(blocks, (kPieces + image_heads - 1) / image_heads);
 }
 
 template <typename T>

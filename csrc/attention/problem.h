@@ -46,6 +46,9 @@ struct ScalarGradients {
   double pos_weight[3], gate;
 };
 
+// So many pieces of work keep all threads busy; fewer images and heads than that are cut further.
+constexpr int64_t kPieces = 32;
+
 // How a problem is cut into blocks of queries, and the memory one thread needs for it.
 struct Plan {
   int64_t blocks, bytes;

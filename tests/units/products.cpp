@@ -140,7 +140,7 @@ void gather(
   Sums<Operands> block(to, all_queries, head_dim);
   const auto product = add ? Operands::template gather<true> : Operands::template gather<false>;
   product(
-      Operands::map_of_keys(wide, size.columns, keys, packed), size.columns, values, size.channels, block.sums, query,
+      map_of_keys<Operands>(wide, size.columns, keys, packed), size.columns, values, size.channels, block.sums, query,
       queries, block.columns, keys);
   block.give_back(query, add ? 0 : queries);
 }
@@ -156,14 +156,35 @@ void scatter(
   const typename Operands::Session session;
   const Sizes<Operands> size(keys, queries, head_dim);
   Poisoned<T> wide(size.rows * size.columns), sums(size.rows * size.channels);
-  Poisoned<Operand> packed(size.rows * size.map_queries), values(size.map_queries * size.channels);
+  Poisoned<Operand> packed(size.rows * size.map_queries), gradient(size.rows * size.map_queries);
+  Poisoned<Operand> gradient_of_keys(size.map_keys * size.columns), of_keys(size.map_keys * size.columns);
+  Poisoned<Operand> values(size.map_queries * size.channels);
   copy<T>(map, queries, wide, size.columns, keys, queries);
   copy<T>(to, head_dim, sums, size.channels, keys, head_dim);
   Operands::copy_scattered(y, stride, queries, head_dim, values, size.channels);
+  const MapAndGradient<Operand> both{packed, gradient, gradient_of_keys};
+  for_each_group<T>(size.columns, [&](auto width, int64_t at) {
+    constexpr int vectors = decltype(width)::value;
+    struct Row {
+      Lanes<T, vectors> map, gradient;
+    };
+    const T* row = wide + at;
+    const auto next = [&] {
+      const auto lanes = load_lanes<vectors>(row);
+      row += size.columns;
+      return Row{lanes, lanes};
+    };
+    Operands::template pack_gradients<vectors>(next, keys, size.columns, at, both);
+  });
+  Operands::clear_unused(both, keys, size.columns, queries);
+  // a gradient that is the map is packed as the map, and as gather reads one
+  faults += std::memcmp(both.map, both.gradient, keys * size.map_queries * sizeof(Operand)) != 0;
+  if (Operands::kGroup > 1) {
+    const Operand* expected = map_of_keys<Operands>(wide, size.columns, keys, of_keys);
+    faults += std::memcmp(both.gradient_of_keys, expected, size.map_keys * size.columns * sizeof(Operand)) != 0;
+  }
   const auto product = add ? Operands::template scatter<true> : Operands::template scatter<false>;
-  product(
-      Operands::map_of_queries(wide, size.columns, queries, keys, packed), size.columns, values, size.channels, sums,
-      keys, queries);
+  product(packed, size.columns, values, size.channels, sums, keys, queries);
   copy<T>(sums, size.channels, to, head_dim, keys, head_dim);
 }
 

@@ -27,8 +27,9 @@ struct BackwardMemory {
   Operand *keys, *values;    // rows: what scores are made from
   Operand* key_values;       // what dq is gathered from; numbers serve as they are
   Operand *queries, *d_out;  // what dk and dv are scattered from
-  Operand *rows, *transposed, *map;
-  T *scores, *d_scores, *sums, *dq, *x, *y, *row_factor, *col_factor;
+  Operand *rows, *transposed;
+  MapAndGradient<Operand> packed;  // of a chunk of keys; numbers serve where they are
+  T *scores, *d_map, *weight, *content_sum, *sums, *dq, *x, *y, *row_factor, *col_factor;
   int64_t bytes;
 
   BackwardMemory(const Problem& p, void* start)
@@ -44,11 +45,16 @@ struct BackwardMemory {
     d_out = memory.take<Operand>(operands * channels);
     rows = memory.take<Operand>(kGroup == 1 ? 0 : columns * depth);
     transposed = memory.take<Operand>(columns * depth);
-    map = memory.take<Operand>(kGroup == 1 ? 0 : chunks.size * operands);
+    const int64_t packed_size = kGroup == 1 ? 0 : chunks.size * operands;
+    packed.map = memory.take<Operand>(packed_size);
+    packed.gradient = memory.take<Operand>(packed_size);
+    packed.gradient_of_keys = memory.take<Operand>(packed_size);
     dq = memory.take<T>(columns * channels);
     sums = Operands::kTransposedSums ? memory.take<T>(columns * channels) : dq;
     scores = memory.take<T>(tokens * columns);
-    d_scores = memory.take<T>(tokens * columns);
+    d_map = memory.take<T>(tokens * columns);
+    weight = memory.take<T>(columns);
+    content_sum = memory.take<T>(columns);
     x = memory.take<T>(columns);
     y = memory.take<T>(columns);
     row_factor = memory.take<T>(3 * p.height * columns);
@@ -56,20 +62,30 @@ struct BackwardMemory {
     bytes = memory.used();
   }
 
+  // Where a chunk's map and gradients go, which are made from these.
+  MapAndGradient<Operand> packed_in_place_of(T* e, T* gradient) const {
+    if constexpr (kGroup == 1) {
+      return {e, gradient, gradient};
+    } else {
+      return packed;
+    }
+  }
+
   // The more queries, the fewer times dk and dv are read and written, for as long as the scores of a block and their
-  // gradients take no more than half of the cache.
+  // gradients take no more than half of the cache, and there are blocks enough for many threads.
   static int64_t block_vectors(const Problem& p) {
     const int64_t rows = 2 * p.height * p.width + 3 * (p.height + p.width);
-    return maximum(kTileVectors, minimum(3 * kTileVectors, p.cache / 2 / (rows * kVectorBytes)));
+    const int64_t most = p.images * p.heads < kPieces ? 3 * kTileVectors : Operands::kBlockVectors;
+    return maximum(kTileVectors, minimum(most, p.cache / 2 / (rows * kVectorBytes)));
   }
 };
 
-// Turns some vectors of queries' scores and the gradients of the map into the mixed map A and the gradients of the
-// scores, in place, and adds to the gradients of the positional weights and the gate, before their factors.
+// Turns some vectors of queries' scores into e, stores what it is multiplied with in the mixed map and the sum that the
+// softmax's gradient subtracts, and adds to the gradients of the positional weights and the gate, before their factors.
 template <typename Operands, int kVectors, typename T = typename Operands::Compute>
-CONVIT_INLINE void softmax_backward(
-    T* scores, T* d_scores, const T* row_factor, const T* col_factor, int64_t columns, int64_t height, int64_t width,
-    T score_factor, T gate, ScalarGradients& sums) {
+CONVIT_INLINE void softmax_sums(
+    T* scores, const T* d_map, T* weights, T* content_sums, const T* row_factor, const T* col_factor, int64_t columns,
+    int64_t height, int64_t width, T score_factor, T gate, ScalarGradients& sums) {
   constexpr int lanes = kLanes<T>;
   const int64_t row_table = height * columns, col_table = width * columns;
   // not from the forward's log-sum-exp: that of large logits has lost digits which their differences still have
@@ -80,16 +96,16 @@ CONVIT_INLINE void softmax_backward(
   Lanes<T, kVectors> content_sum{}, position_sum{}, along_x{}, along_y{}, squares{};
   for (int64_t y = 0; y < height; ++y) {
     Lanes<T, kVectors> content{}, plain{}, linear{}, quadratic{};
-    const int64_t row = y * width * columns;
-    for (int64_t x = 0; x < width * columns; x += columns) {
+    for (int64_t x = 0; x < width; ++x) {
+      const int64_t key = (y * width + x) * columns;
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        const Vector<T> d_map = load(d_scores + row + x + v * lanes);
-        const T* col = col_factor + x + v * lanes;
-        content.at[v] += load(scores + row + x + v * lanes) * d_map;
-        plain.at[v] += load(col) * d_map;
-        linear.at[v] += load(col + col_table) * d_map;
-        quadratic.at[v] += load(col + 2 * col_table) * d_map;
+        const Vector<T> gradient = load(d_map + key + v * lanes);
+        const T* col = col_factor + x * columns + v * lanes;
+        content.at[v] += load(scores + key + v * lanes) * gradient;
+        plain.at[v] += load(col) * gradient;
+        linear.at[v] += load(col + col_table) * gradient;
+        quadratic.at[v] += load(col + 2 * col_table) * gradient;
       }
     }
 #pragma GCC unroll 4
@@ -102,10 +118,9 @@ CONVIT_INLINE void softmax_backward(
       squares.at[v] += load(factor) * quadratic.at[v] + load(factor + 2 * row_table) * plain.at[v];
     }
   }
-  Lanes<T, kVectors> weight;
   for (int v = 0; v < kVectors; ++v) {
     content_sum.at[v] /= sum.at[v];
-    weight.at[v] = (1 - gate) / sum.at[v];
+    store(weights + v * lanes, (1 - gate) / sum.at[v]);
     for (int lane = 0; lane < lanes; ++lane) {
       sums.pos_weight[0] += along_x.at[v][lane];
       sums.pos_weight[1] += along_y.at[v][lane];
@@ -113,24 +128,15 @@ CONVIT_INLINE void softmax_backward(
       sums.gate += position_sum.at[v][lane] - content_sum.at[v][lane];
     }
   }
-
-  for (int64_t y = 0; y < height; ++y) {
-    Lanes<T, kVectors> factor = load_lanes<kVectors>(row_factor + y * columns);
-    for (Vector<T>& part : factor.at) {
-      part *= gate;
-    }
-    const int64_t row = y * width * columns;
-    for (int64_t x = 0; x < width * columns; x += columns) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        T *score = scores + row + x + v * lanes, *d_score = d_scores + row + x + v * lanes;
-        const Vector<T> map = load(score) * weight.at[v];
-        store(d_score, map * (load(d_score) - content_sum.at[v]));
-        store(score, map + factor.at[v] * load(col_factor + x + v * lanes));
-      }
-    }
-  }
+  store_lanes(content_sums, content_sum);
 }
+
+// Some queries' rows of the mixed map and of the gradient of the scores, one key after another, from e and the map's
+// gradient.
+template <int kVectors, typename T>
+struct GradientRow {
+  Lanes<T, kVectors> map, gradient;
+};
 
 template <typename Operands, typename S>
 void backward(
@@ -162,43 +168,62 @@ void backward(
     const int64_t begin = m.blocks.begin(block), rows = m.blocks.rows(block), columns = m.blocks.columns(block);
     // A product of keys or values with the block's queries or gradients, which are then laid out for the sums over
     // them.
-    const auto score = [&](const Operand* left, const Strided& right, Operand* scattered, T* to) {
+    const auto score = [&](int64_t part, const Operand* left, const Strided& right, Operand* scattered, T* to) {
       const S* from = rows_of<S>(p, right, image_head) + begin * right.token;
       Operand* as_rows = group == 1 ? scattered : m.rows;
       Operands::copy_rows(from, right.token, rows, head_dim, as_rows, depth);
       transpose_rows(as_rows, rows, depth, m.transposed, columns);
-      Operands::scores(left, m.transposed, to, tokens, columns, depth, head_dim);
+      for (int64_t key = 0; key < tokens; key += kPiece) {
+        const int64_t keys = minimum(kPiece, tokens - key), at = (2 * begin + part * rows) * tokens + key * rows;
+        next.prefetch(at, at + keys * rows, 2 * tokens);
+        Operands::scores(left + key * depth, m.transposed, to + key * columns, keys, columns, depth, head_dim);
+      }
       if (group > 1) {
         Operands::copy_scattered(from, right.token, rows, head_dim, scattered, channels);
       }
     };
-    score(m.keys, p.q, m.queries, m.scores);
-    score(m.values, p.d_out, m.d_out, m.d_scores);
+    score(0, m.keys, p.q, m.queries, m.scores);
+    score(1, m.values, p.d_out, m.d_out, m.d_map);
 
     fill_coordinates(begin, columns, p.width, m.x, m.y);
     fill_factor<true>(pos_weight[0], pos_weight[2], p.width, m.x, columns, m.col_factor);
     fill_factor<true>(pos_weight[1], pos_weight[2], p.height, m.y, columns, m.row_factor);
     for_each_group<T>(columns, [&](auto width, int64_t at) {
-      softmax_backward<Operands, decltype(width)::value>(
-          m.scores + at, m.d_scores + at, m.row_factor + at, m.col_factor + at, columns, p.height, p.width, factor,
-          gate, *sums);
+      softmax_sums<Operands, decltype(width)::value>(
+          m.scores + at, m.d_map + at, m.weight + at, m.content_sum + at, m.row_factor + at, m.col_factor + at, columns,
+          p.height, p.width, factor, gate, *sums);
     });
 
-    const auto accumulate = block == block_begin ? Operands::template scatter<false> : Operands::template scatter<true>;
+    const auto scatter = block == block_begin ? Operands::template scatter<false> : Operands::template scatter<true>;
     for (int64_t key = 0; key < tokens; key += m.chunks.size) {
       const int64_t keys = m.chunks.rows(key);
-      next.prefetch(begin * tokens + key * rows, begin * tokens + (key + keys) * rows, tokens);
-      const auto scatter = [&](const T* map, const Operand* from, T* to) {
-        accumulate(
-            Operands::map_of_queries(map + key * columns, columns, rows, keys, m.map), columns, from, channels,
-            to + key * channels, keys, rows);
-      };
-      scatter(m.scores, m.d_out, dv);
-      scatter(m.d_scores, m.queries, dk);
+      const MapAndGradient<Operand> map = m.packed_in_place_of(m.scores + key * columns, m.d_map + key * columns);
+      for_each_group<T>(columns, [&](auto group_width, int64_t at) {
+        constexpr int vectors = decltype(group_width)::value;
+        const auto weight = load_lanes<vectors>(m.weight + at), content_sum = load_lanes<vectors>(m.content_sum + at);
+        Mix<vectors, T> mix(m.row_factor + at, m.col_factor + at, columns, key, p.width, weight, gate);
+        const T *e = m.scores + key * columns + at, *d_map = m.d_map + key * columns + at;
+        const auto next_row = [&] {
+          GradientRow<vectors, T> row;
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; ++v) {
+            const Vector<T> gradient = load(d_map + v * kLanes<T>) - content_sum.at[v];
+            row.gradient.at[v] = load(e + v * kLanes<T>) * weight.at[v] * gradient;
+          }
+          row.map = mix(e);
+          e += columns;
+          d_map += columns;
+          return row;
+        };
+        Operands::template pack_gradients<vectors>(next_row, keys, columns, at, map);
+      });
+      Operands::clear_unused(map, keys, columns, rows);
+      scatter(map.map, columns, m.d_out, channels, dv + key * channels, keys, rows);
+      scatter(map.gradient, columns, m.queries, channels, dk + key * channels, keys, rows);
       const auto add_dq = key == 0 ? Operands::template gather<false> : Operands::template gather<true>;
       add_dq(
-          Operands::map_of_keys(m.d_scores + key * columns, columns, keys, m.map), columns,
-          m.key_values + key / group * channels, channels, m.sums, 0, rows, columns, keys);
+          map.gradient_of_keys, columns, m.key_values + key / group * channels, channels, m.sums, 0, rows, columns,
+          keys);
     }
     if (Operands::kTransposedSums) {
       transpose_rows(m.sums, channels, columns, m.dq, channels);

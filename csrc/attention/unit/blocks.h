@@ -54,5 +54,9 @@ struct KeyChunks {
   int64_t rows(int64_t begin) const { return minimum(size, tokens - begin); }
 };
 
+// Keys whose scores are computed at a time, a multiple of every operand's kRows: what is fetched meanwhile for the next
+// head is little enough to arrive.
+constexpr int64_t kPiece = 32;
+
 }  // namespace
 }  // namespace convit_kernels

@@ -52,5 +52,46 @@ CONVIT_INLINE void narrow(float value, Half& to) {
   to.bits = static_cast<uint16_t>(result | (bits >> 16 & 0x8000));
 }
 
+// Rounded to bfloat16, in the lower halves of the elements.
+CONVIT_INLINE Vector<uint32_t> narrow_to_bfloat16(Vector<float> value) {
+  const Vector<uint32_t> bits = reinterpret_cast<Vector<uint32_t>>(value);
+  const Vector<uint32_t> is_nan = reinterpret_cast<Vector<uint32_t>>(value != value);
+  return (((bits + 0x7fff + (bits >> 16 & 1)) >> 16) & ~is_nan) | (is_nan & 0x7fc0);
+}
+
+// Rounded to bfloat16: half a vector, adjacent lanes as pairs.
+typedef uint16_t HalfVector __attribute__((vector_size(kVectorBytes / 2)));
+CONVIT_INLINE HalfVector narrow_lanes(Vector<float> value) {
+#ifdef __AVX512BF16__
+  return reinterpret_cast<HalfVector>(_mm512_cvtneps_pbh(value));
+#else
+  return __builtin_convertvector(narrow_to_bfloat16(value), HalfVector);
+#endif
+}
+
+// Two vectors rounded to bfloat16: as they are, and as pairs of the lanes in the same place, the even one in the lower
+// half.
+struct NarrowPair {
+  HalfVector even, odd;
+  Vector<uint32_t> pairs;
+
+  CONVIT_INLINE NarrowPair(Vector<float> even_row, Vector<float> odd_row) {
+#ifdef __AVX512BF16__
+    const __m512i in_turn = _mm512_set_epi16(
+        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
+        16, 0);
+    const __m512i rows = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd_row, even_row));
+    even = reinterpret_cast<HalfVector>(_mm512_maskz_extracti64x4_epi64(0xff, rows, 0));
+    odd = reinterpret_cast<HalfVector>(_mm512_maskz_extracti64x4_epi64(0xff, rows, 1));
+    pairs = reinterpret_cast<Vector<uint32_t>>(_mm512_maskz_permutexvar_epi16(0xffffffff, in_turn, rows));
+#else
+    const Vector<uint32_t> lower = narrow_to_bfloat16(even_row), upper = narrow_to_bfloat16(odd_row);
+    even = __builtin_convertvector(lower, HalfVector);
+    odd = __builtin_convertvector(upper, HalfVector);
+    pairs = lower | upper << 16;
+#endif
+  }
+};
+
 }  // namespace
 }  // namespace convit_kernels

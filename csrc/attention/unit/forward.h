@@ -165,8 +165,12 @@ struct ForwardBlock {
     const Panel all = panel(0);  // a block is no larger
     for (int64_t key = 0; key < tokens; key += m.chunks.size) {
       const int64_t keys = m.chunks.rows(key);
-      next.prefetch(begin * tokens + key * rows, begin * tokens + (key + keys) * rows, tokens);
-      score(all, source.keys(key, keys), keys, m.scores + key * columns);
+      const Operand* chunk = source.keys(key, keys);
+      for (int64_t at = 0; at < keys; at += kPiece) {
+        const int64_t piece = minimum(kPiece, keys - at), from = begin * tokens + (key + at) * rows;
+        next.prefetch(from, from + piece * rows, tokens);
+        score(all, chunk + at * m.depth, piece, m.scores + (key + at) * columns);
+      }
     }
     for_each_group<T>(columns, [&](auto width, int64_t at) {
       constexpr int vectors = decltype(width)::value;
@@ -192,7 +196,7 @@ struct ForwardBlock {
         [&](Panel panel, int64_t key, int64_t keys, const Operand* k, const Operand* v) {
           score(panel, k, keys, m.scores);
           update_softmax(panel, key, keys);
-          add_values(panel, m.scores, key, keys, v);
+          add_values(panel, map_of_keys<Operands>(m.scores, panel.columns, keys, m.map), key, keys, v);
         },
         [&](int64_t key, int64_t keys) {
           for (const int64_t end = key + keys; key < end; ++key) {
@@ -266,11 +270,9 @@ struct ForwardBlock {
   }
 
   // Adds a map's product with the values of a chunk of keys, the first of which sets the sum.
-  void add_values(Panel panel, const T* map, int64_t key, int64_t keys, const Operand* values) const {
+  void add_values(Panel panel, const Operand* map, int64_t key, int64_t keys, const Operand* values) const {
     const auto gather = key == 0 ? Operands::template gather<false> : Operands::template gather<true>;
-    gather(
-        Operands::map_of_keys(map, panel.columns, keys, m.map), panel.columns, values, m.channels, m.sums, panel.begin,
-        panel.rows, columns, keys);
+    gather(map, panel.columns, values, m.channels, m.sums, panel.begin, panel.rows, columns, keys);
   }
 
   void transpose_sums() const {
@@ -281,16 +283,28 @@ struct ForwardBlock {
 
   // A chunk's e -> its part of the output.
   void add_mixed(Panel panel, T* e, int64_t key, int64_t keys, const Operand* values) const {
+    Operand* const map = map_in_place_of(e);
     for_each_group<T>(panel.columns, [&](auto width, int64_t at) {
+      constexpr int vectors = decltype(width)::value;
       const int64_t query = panel.begin + at;
-      auto content = load_lanes<decltype(width)::value>(m.sum + query);
+      auto content = load_lanes<vectors>(m.sum + query);
       for (Vector<T>& sum : content.at) {
         sum = (1 - gate) / sum;
       }
-      mix(e + at, panel.columns, m.row_factor + query, m.col_factor + query, columns, key, key + keys, p.width, content,
-          gate);
+      Mix<vectors, T> mix(m.row_factor + query, m.col_factor + query, columns, key, p.width, content, gate);
+      const T* row = e + at - panel.columns;
+      const auto next = [&] { return mix(row += panel.columns); };
+      Operands::template pack_keys<vectors>(next, keys, panel.columns, map + at);
     });
-    add_values(panel, e, key, keys, values);
+    add_values(panel, map, key, keys, values);
+  }
+
+  Operand* map_in_place_of(T* e) const {
+    if constexpr (kGroup == 1) {
+      return e;
+    } else {
+      return m.map;
+    }
   }
 
   // A chunk's scores -> e relative to the largest score so far, to which the sums until now are brought, too.
@@ -348,7 +362,7 @@ void forward(const Forward& p, int64_t image_head, int64_t block_begin, int64_t 
   const ForwardMemory<Operands> m(p, start);
   const KeysAndValues<Operands, S> source(p, image_head, m);
   const NextHead<S, 3> next(p, {p.q, p.k, p.v}, image_head);
-  const int64_t head = image_head % p.heads;
+  const int64_t head = image_head % p.heads, tokens = p.height * p.width;
   const T gate = static_cast<const T*>(p.gate)[head], factor = static_cast<T>(p.scale * kLog2E);
   const T* pos_weight = static_cast<const T*>(p.pos_weight) + 3 * head;
   S* out = rows_of<S>(p, p.out, image_head);
@@ -366,7 +380,7 @@ void forward(const Forward& p, int64_t image_head, int64_t block_begin, int64_t 
       block.whole();
     }
     if (p.lse != nullptr) {
-      T* lse = static_cast<T*>(p.lse) + image_head * p.height * p.width + begin;
+      T* lse = static_cast<T*>(p.lse) + image_head * tokens + begin;
       for (int64_t query = 0; query < rows; ++query) {
         lse[query] = m.largest[query] * static_cast<T>(p.scale) + log2(m.sum[query]) * static_cast<T>(kLn2);
       }

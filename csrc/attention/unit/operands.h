@@ -1,6 +1,7 @@
 // What the three products multiply, numbers or pairs of bfloat16, and how they do it on vectors.
 #pragma once
 
+#include "lanes.h"
 #include "packing.h"
 #include "products.h"
 
@@ -10,16 +11,25 @@ namespace {
 // The attention and its gradients are three products. An operand's type says how rows of a tensor and of a map are laid
 // out for them, and computes them; all else is the same for every one of them.
 //   scores   S[key, query]    = sum over channels of X[key] Y[query]          copy_rows, for Y transposed
-//   gather   G[query, d]     += sum over keys of M[key, query] X[key, d]      map_of_keys, copy_gathered
-//   scatter  A[key, d]       += sum over queries of M[key, query] Y[query, d] map_of_queries, copy_scattered
+//   gather   G[query, d]     += sum over keys of M[key, query] X[key, d]      pack_keys, copy_gathered
+//   scatter  A[key, d]       += sum over queries of M[key, query] Y[query, d] pack_gradients, copy_scattered
+
+// What the backward multiplies for some keys: the map and the gradient of the scores as (keys, queries), to sum along
+// the queries, and the latter also to sum along the keys.
+template <typename Operand>
+struct MapAndGradient {
+  Operand *map, *gradient, *gradient_of_keys;
+};
+
 template <typename T, typename OperandOf, int64_t kNumbers>
 struct VectorProducts {
   using Compute = T;
   using Operand = OperandOf;
-  static constexpr int64_t kGroup = kNumbers;     // numbers in an operand
-  static constexpr int64_t kSteps = kNumbers;     // what is summed over is padded with zeros to a multiple of that
-  static constexpr int64_t kRows = kTileRows;     // chunks of keys are a multiple of that
-  static constexpr bool kTransposedSums = false;  // gather's sums are (queries, channels)
+  static constexpr int64_t kGroup = kNumbers;  // numbers in an operand
+  static constexpr int64_t kSteps = kNumbers;  // what is summed over is padded with zeros to a multiple of that
+  static constexpr int64_t kRows = kTileRows;  // chunks of keys are a multiple of that
+  static constexpr int64_t kBlockVectors = 3 * kTileVectors;  // of queries, in a block of the backward, at most
+  static constexpr bool kTransposedSums = false;              // gather's sums are (queries, channels)
 
   struct Session {
     Session() {}  // not a trivial type: an unused variable of it is no mistake
@@ -78,8 +88,22 @@ struct Numbers : VectorProducts<T, T, 1> {
   static void copy_scattered(const S* from, int64_t stride, int64_t rows, int64_t head_dim, T* to, int64_t channels) {
     copy_rows(from, stride, rows, head_dim, to, channels);
   }
-  static const T* map_of_keys(const T* map, int64_t, int64_t, T*) { return map; }
-  static const T* map_of_queries(const T* map, int64_t, int64_t, int64_t, T*) { return map; }
+  template <int kVectors, typename Next>
+  CONVIT_INLINE static void pack_keys(const Next& next, int64_t keys, int64_t columns, T* to) {
+    for (int64_t key = 0; key < keys; ++key, to += columns) {
+      store_lanes(to, next());
+    }
+  }
+  template <int kVectors, typename Next>
+  CONVIT_INLINE static void pack_gradients(
+      const Next& next, int64_t keys, int64_t columns, int64_t at, const MapAndGradient<T>& to) {
+    for (int64_t key = 0; key < keys; ++key) {
+      const auto row = next();
+      store_lanes(to.map + key * columns + at, row.map);
+      store_lanes(to.gradient + key * columns + at, row.gradient);
+    }
+  }
+  static void clear_unused(const MapAndGradient<T>&, int64_t, int64_t, int64_t) {}
 };
 
 // The layouts of pairs of bfloat16 numbers: of adjacent channels in queries and keys, of adjacent keys or queries in a
@@ -92,10 +116,10 @@ struct PairLayouts {
       const BFloat16* from, int64_t stride, int64_t rows, int64_t head_dim, uint32_t* to, int64_t depth) {
     for (int64_t row = 0; row < rows; ++row, from += stride, to += depth) {
       for (int64_t pair = 0; pair < head_dim / 2; ++pair) {
-        to[pair] = joined(from[2 * pair], from[2 * pair + 1]);
+        __builtin_memcpy(to + pair, from + 2 * pair, sizeof(uint32_t));
       }
       for (int64_t pair = head_dim / 2; pair < depth; ++pair) {
-        to[pair] = 2 * pair < head_dim ? joined(from[2 * pair], BFloat16{0}) : 0;
+        to[pair] = 2 * pair < head_dim ? from[2 * pair].bits : 0;
       }
     }
   }
@@ -103,52 +127,91 @@ struct PairLayouts {
   // (rows, channels) -> (pairs of rows, channels)
   static void copy_scattered(
       const BFloat16* from, int64_t stride, int64_t rows, int64_t head_dim, uint32_t* to, int64_t channels) {
+    constexpr int lanes = kLanes<uint32_t>;
     for (int64_t row = 0; row < round_up(rows, kSteps); row += 2, from += 2 * stride, to += channels) {
       const int64_t count = row < rows ? head_dim : 0;
-      for (int64_t channel = 0; channel < count; ++channel) {
-        to[channel] = joined(from[channel], row + 1 < rows ? from[stride + channel] : BFloat16{0});
+      const BFloat16* next = row + 1 < rows ? from + stride : nullptr;
+      int64_t channel = 0;
+      for (; channel + lanes <= count; channel += lanes) {
+        const Vector<uint32_t> odd = next == nullptr ? Vector<uint32_t>{} : load_halves(next + channel);
+        store(to + channel, load_halves(from + channel) | odd << 16);
       }
-      for (int64_t channel = count; channel < channels; ++channel) {
+      for (; channel < count; ++channel) {
+        to[channel] = from[channel].bits | static_cast<uint32_t>(next == nullptr ? 0 : next[channel].bits) << 16;
+      }
+      for (; channel < channels; ++channel) {
         to[channel] = 0;
       }
     }
   }
 
-  // (keys, columns) -> (pairs of keys, columns)
-  static const uint32_t* map_of_keys(const float* map, int64_t columns, int64_t keys, uint32_t* to) {
-    constexpr int lanes = kLanes<float>;
-    for (int64_t key = 0; key < round_up(keys, kSteps); key += 2, map += 2 * columns) {
-      for (int64_t at = 0; at < columns; at += lanes) {
-        const Vector<float> even = key < keys ? load(map + at) : Vector<float>{};
-        const Vector<float> odd = key + 1 < keys ? load(map + columns + at) : Vector<float>{};
-        store(to + key / 2 * columns + at, narrow_pairs(even, odd));
+  // Some vectors of the rows of a map, (keys, columns), that next() gives in turn -> (pairs of keys, columns)
+  template <int kVectors, typename Next>
+  CONVIT_INLINE static void pack_keys(const Next& next, int64_t keys, int64_t columns, uint32_t* to) {
+    Lanes<uint32_t, kVectors> pairs;
+    for (int64_t key = 0; key < keys; key += 2, to += columns) {
+      const Lanes<float, kVectors> even = next(), odd = key + 1 < keys ? next() : Lanes<float, kVectors>{};
+#pragma GCC unroll 4
+      for (int vector = 0; vector < kVectors; ++vector) {
+        pairs.at[vector] = NarrowPair(even.at[vector], odd.at[vector]).pairs;
       }
+      store_lanes(to, pairs);
     }
-    return to;
+    for (int64_t key = round_up(keys, 2); key < round_up(keys, kSteps); key += 2, to += columns) {
+      store_lanes(to, Lanes<uint32_t, kVectors>{});
+    }
   }
 
-  // (keys, columns) -> (keys, pairs of columns), of which the first `queries` count
-  static const uint32_t* map_of_queries(
-      const float* map, int64_t columns, int64_t queries, int64_t keys, uint32_t* to) {
-    constexpr int lanes = kLanes<float>;
-    const int64_t pairs = round_up(columns, kSteps) / 2;
-    for (int64_t key = 0; key < keys; ++key, map += columns, to += pairs) {
-      for (int64_t at = 0; at < columns; at += lanes) {
-        const HalfVector narrow = narrow_lanes(load(map + at));
-        __builtin_memcpy(to + at / 2, &narrow, sizeof(narrow));
+  // Some vectors, from column `at` on, of the rows that next() gives in turn.
+  template <int kVectors, typename Next>
+  CONVIT_INLINE static void pack_gradients(
+      const Next& next, int64_t keys, int64_t columns, int64_t at, const MapAndGradient<uint32_t>& to) {
+    const int64_t stride = round_up(columns, kSteps) / 2;
+    const auto put = [&](uint32_t* map, int64_t key, int vector, HalfVector halves) {
+      __builtin_memcpy(map + key * stride + at / 2 + vector * kLanes<float> / 2, &halves, sizeof(halves));
+    };
+    for (int64_t key = 0; key < keys; key += 2) {
+      const bool paired = key + 1 < keys;
+      const auto even = next(), odd = paired ? next() : decltype(even){};
+#pragma GCC unroll 4
+      for (int vector = 0; vector < kVectors; ++vector) {
+        const NarrowPair map(even.map.at[vector], odd.map.at[vector]);
+        const NarrowPair gradient(even.gradient.at[vector], odd.gradient.at[vector]);
+        put(to.map, key, vector, map.even);
+        put(to.gradient, key, vector, gradient.even);
+        if (paired) {
+          put(to.map, key + 1, vector, map.odd);
+          put(to.gradient, key + 1, vector, gradient.odd);
+        }
+        store(to.gradient_of_keys + key / 2 * columns + at + vector * kLanes<float>, gradient.pairs);
       }
+    }
+  }
+
+  // Sets to zero what belongs to no query and to no key, and yet is multiplied.
+  static void clear_unused(const MapAndGradient<uint32_t>& to, int64_t keys, int64_t columns, int64_t queries) {
+    const int64_t stride = round_up(columns, kSteps) / 2;
+    for (int64_t key = 0; key < keys; ++key) {
+      uint32_t *map = to.map + key * stride, *gradient = to.gradient + key * stride;
       if (queries % 2 != 0) {
-        to[queries / 2] &= 0xffff;
+        map[queries / 2] &= 0xffff;
+        gradient[queries / 2] &= 0xffff;
       }
       for (int64_t pair = ceil_div(queries, 2); pair < round_up(queries, kSteps) / 2; ++pair) {
-        to[pair] = 0;
+        map[pair] = gradient[pair] = 0;
       }
     }
-    return to - keys * pairs;
+    for (int64_t at = ceil_div(keys, 2) * columns; at < round_up(keys, kSteps) / 2 * columns; at += kLanes<float>) {
+      store(to.gradient_of_keys + at, Vector<uint32_t>{});
+    }
   }
 
- protected:
-  static uint32_t joined(BFloat16 even, BFloat16 odd) { return even.bits | static_cast<uint32_t>(odd.bits) << 16; }
+ private:
+  static Vector<uint32_t> load_halves(const BFloat16* from) {
+    HalfVector halves;
+    __builtin_memcpy(&halves, from, sizeof(halves));
+    return __builtin_convertvector(halves, Vector<uint32_t>);
+  }
 };
 
 // Pairs, for instructions that add the products of two of them to a float.
@@ -158,6 +221,27 @@ struct Pairs : VectorProducts<float, uint32_t, 2>, PairLayouts<2> {
     copy_scattered(from, stride, rows, head_dim, to, channels);
   }
 };
+
+// A map of numbers, (keys, columns), as gather reads it: laid out anew in `packed`, where it is not so.
+template <typename Operands>
+const typename Operands::Operand* map_of_keys(
+    const typename Operands::Compute* map, int64_t columns, int64_t keys, typename Operands::Operand* packed) {
+  if constexpr (Operands::kGroup == 1) {
+    return map;
+  } else {
+    for_each_group<typename Operands::Compute>(columns, [&](auto width, int64_t at) {
+      constexpr int vectors = decltype(width)::value;
+      const auto* row = map + at;
+      const auto next = [&] {
+        const auto lanes = load_lanes<vectors>(row);
+        row += columns;
+        return lanes;
+      };
+      Operands::template pack_keys<vectors>(next, keys, columns, packed + at);
+    });
+    return packed;
+  }
+}
 
 }  // namespace
 }  // namespace convit_kernels

@@ -79,13 +79,40 @@ void copy_rows(const S* from, int64_t stride, int64_t rows, int64_t head_dim, T*
   }
 }
 
-// The inverse, multiplied by `factor`.
+template <typename T, typename S>
+CONVIT_INLINE void narrow_row(const T* from, T factor, int64_t count, S* to) {
+  for (int64_t channel = 0; channel < count; ++channel) {
+    narrow(from[channel] * factor, to[channel]);
+  }
+}
+
+#ifdef __F16C__
+CONVIT_INLINE void narrow_row(const float* from, float factor, int64_t count, Half* to) {
+  int64_t channel = 0;
+  for (; channel + 8 <= count; channel += 8) {
+    const __m256 value = _mm256_loadu_ps(from + channel) * factor;
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + channel), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+  }
+  narrow_row<float, Half>(from + channel, factor, count - channel, to + channel);
+}
+#endif
+
+#ifdef __AVX512BF16__
+CONVIT_INLINE void narrow_row(const float* from, float factor, int64_t count, BFloat16* to) {
+  int64_t channel = 0;
+  for (; channel + kLanes<float> <= count; channel += kLanes<float>) {
+    const HalfVector narrow = narrow_lanes(load(from + channel) * factor);
+    __builtin_memcpy(to + channel, &narrow, sizeof(narrow));
+  }
+  narrow_row<float, BFloat16>(from + channel, factor, count - channel, to + channel);
+}
+#endif
+
+// The inverse of copy_rows, multiplied by `factor`.
 template <typename T, typename S>
 void write_rows(const T* from, int64_t channels, T factor, S* to, int64_t stride, int64_t rows, int64_t head_dim) {
   for (int64_t row = 0; row < rows; ++row, from += channels, to += stride) {
-    for (int64_t channel = 0; channel < head_dim; ++channel) {
-      narrow(from[channel] * factor, to[channel]);
-    }
+    narrow_row(from, factor, head_dim, to);
   }
 }
 

@@ -52,29 +52,50 @@ void fill_factor(T linear, T quadratic, int64_t length, const T* queries, int64_
   }
 }
 
-// e -> the mixed map, for the keys [begin, end).
+// The mixed map of some queries, one key after another, from the key `begin` on: for each key's e its row of the map.
 template <int kVectors, typename T>
-CONVIT_INLINE void mix(
-    T* scores, int64_t score_columns, const T* row_factor, const T* col_factor, int64_t columns, int64_t begin,
-    int64_t end, int64_t width, const Lanes<T, kVectors>& content, T gate) {
-  int64_t key = begin;
-  for (int64_t y = begin / width; key < end; ++y) {
-    Lanes<T, kVectors> row;
+class Mix {
+ public:
+  CONVIT_INLINE Mix(
+      const T* row_factor, const T* col_factor, int64_t columns, int64_t begin, int64_t width,
+      const Lanes<T, kVectors>& content, T gate)
+      : row_factor_(row_factor + begin / width * columns), first_(col_factor),
+        col_factor_(first_ + begin % width * columns), end_(first_ + width * columns), columns_(columns),
+        content_(content), gate_(gate) {
+    load_row();
+  }
+
+  CONVIT_INLINE Lanes<T, kVectors> operator()(const T* e) {
+    if (col_factor_ == end_) {
+      col_factor_ = first_;
+      row_factor_ += columns_;
+      load_row();
+    }
+    Lanes<T, kVectors> map;
 #pragma GCC unroll 4
     for (int vector = 0; vector < kVectors; ++vector) {
-      row.at[vector] = load(row_factor + y * columns + vector * kLanes<T>) * gate;
+      const int64_t at = vector * kLanes<T>;
+      map.at[vector] = load(e + at) * content_.at[vector] + row_.at[vector] * load(col_factor_ + at);
     }
-    const int64_t stop = minimum(end, (y + 1) * width);
-    for (const T* col = col_factor + (key - y * width) * columns; key < stop; ++key, col += columns) {
+    col_factor_ += columns_;
+    return map;
+  }
+
+ private:
+  CONVIT_INLINE void load_row() {
+    row_ = load_lanes<kVectors>(row_factor_);
 #pragma GCC unroll 4
-      for (int vector = 0; vector < kVectors; ++vector) {
-        T* at = scores + vector * kLanes<T>;
-        store(at, load(at) * content.at[vector] + row.at[vector] * load(col + vector * kLanes<T>));
-      }
-      scores += score_columns;
+    for (int vector = 0; vector < kVectors; ++vector) {
+      row_.at[vector] *= gate_;
     }
   }
-}
+
+  const T *row_factor_, *const first_, *col_factor_, *const end_;
+  const int64_t columns_;
+  const Lanes<T, kVectors> content_;
+  const T gate_;
+  Lanes<T, kVectors> row_;
+};
 
 }  // namespace
 }  // namespace convit_kernels

@@ -17,38 +17,8 @@ CONVIT_INLINE Vector<float> multiply_add(Vector<uint32_t> left, Vector<uint32_t>
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(left), reinterpret_cast<__m512bh>(right));
 #else
   const Vector<uint32_t> high = Vector<uint32_t>{} + 0xffff0000u;
-  sum += reinterpret_cast<Vector<float>>(left & high) * reinterpret_cast<Vector<float>>(right & high);
-  return sum + reinterpret_cast<Vector<float>>(left << 16) * reinterpret_cast<Vector<float>>(right << 16);
-#endif
-}
-
-// Rounded to bfloat16, in the lower halves of the elements.
-CONVIT_INLINE Vector<uint32_t> narrow_to_bfloat16(Vector<float> value) {
-  const Vector<uint32_t> bits = reinterpret_cast<Vector<uint32_t>>(value);
-  const Vector<uint32_t> is_nan = reinterpret_cast<Vector<uint32_t>>(value != value);
-  return (((bits + 0x7fff + (bits >> 16 & 1)) >> 16) & ~is_nan) | (is_nan & 0x7fc0);
-}
-
-// Rounded to bfloat16: each pair of lanes that are in the same place, the even one in the lower half.
-CONVIT_INLINE Vector<uint32_t> narrow_pairs(Vector<float> even, Vector<float> odd) {
-#ifdef __AVX512BF16__
-  const __m512i in_turn = _mm512_set_epi16(
-      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16,
-      0);
-  const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
-  return reinterpret_cast<Vector<uint32_t>>(_mm512_permutexvar_epi16(in_turn, halves));
-#else
-  return narrow_to_bfloat16(even) | narrow_to_bfloat16(odd) << 16;
-#endif
-}
-
-// Rounded to bfloat16: adjacent lanes as pairs, half a vector of them.
-typedef uint16_t HalfVector __attribute__((vector_size(kVectorBytes / 2)));
-CONVIT_INLINE HalfVector narrow_lanes(Vector<float> value) {
-#ifdef __AVX512BF16__
-  return reinterpret_cast<HalfVector>(_mm512_cvtneps_pbh(value));
-#else
-  return __builtin_convertvector(narrow_to_bfloat16(value), HalfVector);
+  sum += reinterpret_cast<Vector<float> >(left & high) * reinterpret_cast<Vector<float> >(right & high);
+  return sum + reinterpret_cast<Vector<float> >(left << 16) * reinterpret_cast<Vector<float> >(right << 16);
 #endif
 }
 

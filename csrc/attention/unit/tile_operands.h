@@ -2,7 +2,6 @@
 #pragma once
 
 #include "operands.h"
-#include "softmax.h"
 #include "tiles.h"
 
 namespace convit_kernels {
@@ -110,6 +109,8 @@ struct Tiles : PairLayouts<2 * kTileSide> {
   using Operand = uint32_t;
   using Session = TileSession;
   static constexpr int64_t kGroup = 2, kSteps = 2 * kTileSide, kRows = 2 * kTileSide;
+  // so many that sums of keys stay in their tiles for some steps: 196 queries are one block
+  static constexpr int64_t kBlockVectors = 16;
   static constexpr bool kTransposedSums = true;
   static_assert(kLanes<float> == kTileSide, "columns are whole vectors, and so whole tiles");
 
