@@ -141,6 +141,25 @@ class TestCheck:
         require_right(judged)
         assert all(0 < accuracy.error <= accuracy.allowed < 1e-3 for accuracy in judged.values())
 
+    @pytest.mark.parametrize("part", ["attention", "layer"])
+    def test_so_they_do_in_bfloat16_where_an_error_of_a_tenth_does_not(self, part):
+        task = Task(part, "convit_tiny", 1, side=14, dtype=torch.bfloat16)
+        right = {name: build(task, name) for name in (EAGER, "composite", "reference")}
+        require_right(judge(task, right))
+        wrong = right["composite"]._replace(forward=lambda: right["composite"].forward() * 1.1)
+        with pytest.raises(WrongResultsError, match="ours: composite: out"):
+            require_right(judge(task, {"composite": wrong}))
+
+    def test_exact_positions_are_not_rounded(self):
+        """bfloat16 has no 313, the square of a distance that a grid of 14 x 14 patches has."""
+        task = Task("attention", "convit_tiny", 1, side=14, dtype=torch.bfloat16)
+        eager = build(task, EAGER, exact=True)
+        q, k, v, pos_weight, gate = eager.leaves.values()
+        pos_weight.fill_(0.1)  # the farthest patches count most
+        scale = q.shape[-1] ** -0.5
+        exact = ck.gpsa_attention(q, k, v, pos_weight, gate, scale=scale, backend="reference")
+        torch.testing.assert_close(eager.forward(), exact, rtol=1e-10, atol=1e-10)
+
     def test_all_are_held_to_the_same(self):
         task = Task("attention", "convit_tiny", 1, side=5)
         right, broken = build(task, EAGER), build(task, EAGER)

@@ -251,7 +251,8 @@ def _attention(task: Task, name: str, backend: str | None, exact: bool) -> Imple
     scale = layer.scale
 
     if name in (EAGER, COMPILED):
-        rel_indices = _rounded(layer.get_rel_indices(task.tokens), task, exact)
+        # exact indices are not those rounded first: bfloat16 has no odd number above 256, and so no 313 = 12^2 + 13^2
+        rel_indices = layer.get_rel_indices(task.tokens).to(task.device, torch.float64 if exact else task.dtype)
         function = _compiled(eager_attention) if name == COMPILED else eager_attention
         return Implementation(lambda: function(q, k, v, pos_weight, gate, rel_indices, scale), leaves, d_out)
     if name == SDPA:
