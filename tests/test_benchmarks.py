@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ from convit_kernels.bench.implementations import (
 from convit_kernels.bench.results import Row
 
 ROOT = Path(__file__).parent.parent
-ONE_GROUP = ("-k", "attention and tiny and forward and not plus")
+ONE_GROUP = ("-k", "attention and tiny and forward and not plus", "--dtype", "float32")
 QUICK = ("--row-seconds", "0.01", "--implementations", "eager,sdpa,composite")
 
 
@@ -117,19 +118,64 @@ class TestSuite:
         content = json.loads(path.read_text())
         assert [entry["extra_info"]["implementation"] for entry in content["benchmarks"]] == [SDPA, "composite"]
         assert all(entry["extra_info"]["ratio_to_eager"] is None for entry in content["benchmarks"])
-        lost = [entry for entry in content["not_measured"] if entry["implementation"] == EAGER]
-        assert "out of memory" in lost[0]["reason"]
+        measured = content["benchmarks"][0]["extra_info"]["group"]
+        (lost,) = (entry for entry in content["not_measured"] if entry["group"] == measured)
+        assert lost["implementation"] == EAGER and "out of memory" in lost["reason"]
 
-    def test_the_default_set_has_every_size_and_the_sweep_grids_and_batches(self, monkeypatch):
+    @pytest.mark.parametrize(
+        "arguments, dtypes", [((), {"float32", "bfloat16"}), (("--dtype", "float16"), {"float16"})], ids=["all", "one"]
+    )
+    def test_both_dtypes_are_timed_unless_one_is_named(self, arguments, dtypes):
+        done = run_benchmarks("-k", "attention and small and forward", "--collect-only", "-q", *arguments)
+        assert set(re.findall(r"-(\w+)-composite\]", done.stdout)) == dtypes, done.stdout
+
+
+class TestDefaultSet:
+    @pytest.fixture
+    def tasks(self, monkeypatch):
         monkeypatch.syspath_prepend(ROOT / "benchmarks")
-        tasks = importlib.import_module("tasks")
-        default = tasks.default_tasks("cpu", torch.float32)
-        found = {(task.part, task.model, task.backward) for task in default}
-        assert found == set(itertools.product(PARTS, ARCHITECTURES, (False, True)))
-        assert {task.side for task in default} == {14}
-        sweep = tasks.sweep_tasks("cpu", torch.float32)
-        assert {task.side for task in sweep} >= {14, 64}
-        assert {task.batch for task in sweep} >= {1, 64}
+        return importlib.import_module("tasks")
+
+    @pytest.fixture
+    def products(self, tasks, monkeypatch):
+        """What the machine does in each dtype: FLOP/s."""
+        rates = {torch.float32: 1e11, torch.bfloat16: 2e11, torch.float16: 1e9}
+        monkeypatch.setattr(tasks, "matrix_product", lambda device, dtype, side: measure.Peak(rates[dtype], "made up"))
+        return rates
+
+    def included(self, tasks, name: str) -> set:
+        found = tasks.default_tasks("cpu", (torch.float32, torch.bfloat16))
+        assert {task.side for task in found} == {14} and len(found) == len(set(found))
+        return {
+            (task.part, task.model, task.backward, task.dtype) for task in found if not tasks.why_left_out(task, name)
+        }
+
+    def test_eager_and_the_composite_are_in_every_part_mode_and_dtype(self, tasks, products):
+        dtypes, modes = (torch.float32, torch.bfloat16), (False, True)
+        sizes = ("convit_tiny", "convit_small", "convit_base")
+        wanted = set(itertools.product(PARTS, sizes, modes, dtypes))
+        wanted |= set(itertools.product(["attention"], ARCHITECTURES, modes, dtypes))
+        for name in (EAGER, "composite", "cpu"):
+            assert self.included(tasks, name) == wanted
+
+    def test_it_leaves_out_what_is_slow_or_tells_little(self, tasks, products):
+        assert self.included(tasks, "reference") == set()
+        compiled = self.included(tasks, COMPILED)
+        assert {(model, dtype) for _, model, _, dtype in compiled} == {("convit_small", torch.float32)}
+        everything = self.included(tasks, "composite")
+        products[torch.bfloat16] = 1e10
+        assert self.included(tasks, "composite") == everything
+        products[torch.bfloat16] = 9e9
+        parts = {part for part, _, _, dtype in self.included(tasks, "composite") if dtype == torch.bfloat16}
+        assert parts == {"attention"}
+        reason = tasks.why_left_out(Task("layer", "convit_tiny", 8, dtype=torch.bfloat16), EAGER)
+        assert "a matrix product in bfloat16 takes more than 10 times as long as in float32 here" in reason
+
+    def test_the_sweep_has_grids_and_batches_of_each_dtype(self, tasks):
+        sweep = tasks.sweep_tasks("cpu", (torch.float32, torch.bfloat16))
+        for dtype in (torch.float32, torch.bfloat16):
+            assert {task.side for task in sweep if task.dtype == dtype} >= {14, 64}
+            assert {task.batch for task in sweep if task.dtype == dtype} >= {1, 64}
 
 
 class TestCheck:
