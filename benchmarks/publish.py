@@ -4,8 +4,9 @@
     python benchmarks/publish.py RESULTS.json    from then on the README's table is of this file
     python benchmarks/publish.py --path          prints where the results of this machine and commit belong
 
-A run is what one machine measured at one commit: benchmarks/results/RUN.json, and beside it RUN-growth.json (a sweep)
-and RUN-models.json (whole models beside DeiT), each where there is one.
+A run is what one machine measured at one commit: benchmarks/results/RUN.json, and beside it RUN-growth.json (a sweep),
+RUN-models.json (whole models beside DeiT) and RUN-units.json (the CPU kernels by instruction set), each where there is
+one.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import units
 from against_deit import COLUMNS, COMPOSITE, DEIT, EAGER_CONVIT, REPLACED
 from against_deit import load as load_models
 from tasks import SWEEP_MODEL, SWEEP_SIDES_BATCH
@@ -48,16 +50,17 @@ class Run(NamedTuple):
     results: Results | None = None
     growth: Results | None = None
     models: dict[str, Any] | None = None  # what against_deit.py wrote
+    units: dict[str, Any] | None = None  # what units.py wrote
 
     @property
     def machine(self) -> dict[str, Any]:
         source = self.results or self.growth
-        return source.machine if source else (self.models or {})["machine"]
+        return source.machine if source else (self.models or self.units or {})["machine"]
 
     @property
     def date(self) -> str:
         source = self.results or self.growth
-        return source.date if source else (self.models or {}).get("date", "")
+        return source.date if source else (self.models or self.units or {}).get("date", "")
 
     @property
     def on_gpu(self) -> bool:
@@ -66,14 +69,14 @@ class Run(NamedTuple):
 
 def run_of(name: str) -> Run:
     """The run of a name, with the parts that are committed."""
-    readers = {"": load, "-growth": load, "-models": load_models}
+    readers = {"": load, "-growth": load, "-models": load_models, "-units": units.load}
     paths = {part: RESULTS / f"{name}{part}.json" for part in readers}
     return Run(name, *(read(paths[part]) if paths[part].is_file() else None for part, read in readers.items()))
 
 
 def runs() -> list[Run]:
     """All committed runs, by name."""
-    names = {re.sub("-(growth|models)$", "", path.stem) for path in RESULTS.glob("*.json")}
+    names = {re.sub("-(growth|models|units)$", "", path.stem) for path in RESULTS.glob("*.json")}
     return [run_of(name) for name in sorted(names)]
 
 
@@ -176,6 +179,8 @@ def results_page(run: Run) -> str:
         lines += _growth(run.name, run.growth)
     if run.models:
         lines += _models(run.name, run.models)
+    if run.units:
+        lines += _units(run.name, run.units)
     if run.results:
         lines += [*_not_measured(run.results.not_measured), *_every_row(run.results)]
     return "\n".join(lines).rstrip() + "\n"
@@ -294,6 +299,45 @@ def _models(name: str, measured: dict[str, Any]) -> list[str]:
     ]
 
 
+def _units(name: str, measured: dict[str, Any]) -> list[str]:
+    """The CPU kernels by instruction set, beside PyTorch's attention of the content and the composite."""
+    serving = [f"{unit} ({dtype})" for dtype, unit in measured["serving"].items()]
+    peaks = [f"{peak['rate'] / 1e9:.0f} GFLOP/s ({peak['how']})" for peak in measured["peaks"].values()]
+    lines = [
+        "## CPU kernels by instruction set",
+        "",
+        f"How many times faster than {label(SDPA)}, which is less work; in brackets the share of the rate of a large",
+        f"matrix product in the same dtype: {', '.join(peaks)}.",
+        "The arithmetic that is counted is two matrix products forward and five backward.",
+        f"{units.VARIABLE} chooses a set; without it serve {', '.join(serving)}.",
+        _data(f"{name}-units"),
+        "",
+    ]
+    for (dtype, backward), group in groupby(measured["rows"], lambda row: (row["dtype"], row["backward"])):
+        rows = list(group)
+        names = list(dict.fromkeys(row["implementation"] for row in rows))
+        cells = []
+        for shape, same in groupby(rows, lambda row: [row[key] for key in ("images", "heads", "side", "head_dim")]):
+            by_name = {row["implementation"]: row for row in same}
+            images, heads, side, head_dim = shape
+            line = [f"{images}, {heads}, {side}x{side}, {head_dim}"]
+            for unit in names:
+                row, alone = by_name[unit], by_name[SDPA]
+                share = units.rate(row) / measured["peaks"][dtype]["rate"]
+                time = f"{milliseconds(spread(row['seconds']).p50)} ms"
+                faster = f"{times_faster(alone['seconds'], row['seconds']).times:.2f}"
+                line.append(f"{time if unit == SDPA else faster} ({share:.0%})")
+            cells.append(line)
+        headings = [label(unit) if unit == SDPA else unit for unit in names]
+        lines += [
+            f"**{MODES[backward]}, {dtype}**",
+            "",
+            *table(["images, heads, grid, head_dim", *headings], cells),
+            "",
+        ]
+    return lines
+
+
 def _not_measured(entries: Iterable[NotMeasured]) -> list[str]:
     """What was left out, a line for each reason."""
     by_reason: dict[str, list[NotMeasured]] = {}
@@ -336,6 +380,7 @@ def index_page(all_runs: Iterable[Run]) -> str:
     rows = []
     for run in all_runs:
         parts = {"speed-ups": run.results, "growth": run.growth, "whole models beside DeiT": run.models}
+        parts["CPU kernels by instruction set"] = run.units
         holds = ", ".join(part for part, content in parts.items() if content)
         rows.append([f"[{_title(run)}](results-{run.name}.md)", run.date, holds])
     lines = [

@@ -1,4 +1,4 @@
-"""Implementations take turns, and a command keeps what it measured."""
+"""What against_deit.py and units.py share: implementations take turns, and a command keeps what it measured."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -37,7 +37,7 @@ def content(rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """The options of such a command; what cannot be is refused before any work."""
+    """The options of both; what cannot be is refused before any work."""
     found = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     found.add_argument("--out", type=_file_to_write, required=True, help="write the results here")
     found.add_argument("--dtype", choices=(*DTYPES, "float16"), help=f"only this one; default: {' and '.join(DTYPES)}")

@@ -198,6 +198,44 @@ class TestWholeModels:
         assert found["not_measured"] == []
 
 
+class TestUnits:
+    def content(self) -> dict:
+        """SDPA takes 4 ms; the peak is so that the fast unit's forward in float32 reaches half of it."""
+        dtypes, flops = ("float32", "bfloat16"), 4 * 8 * 4 * 196**2 * 48
+        times = {"sdpa": 0.004, "fast_unit": 0.002, "composite": 0.008}
+        rows = [
+            {"images": 8, "heads": 4, "side": 14, "head_dim": 48, "dtype": dtype, "backward": backward}
+            | {"implementation": name, "seconds": [time] * 3}
+            for dtype in dtypes
+            for backward in (False, True)
+            for name, time in times.items()
+        ]
+        rows[-2] |= {"seconds": [0.001, 0.004, 0.004]}
+        peaks = {
+            dtype: {"rate": 2 * flops / 0.002, "how": f"a product in {dtype}"} for dtype in ("float32", "bfloat16")
+        }
+        serving = {"float32": "fast_unit", "bfloat16": "fast_unit"}
+        return {"machine": MACHINE, "date": "2026-11-27", "serving": serving, "peaks": peaks, "rows": rows}
+
+    def test_the_page_has_ratio_and_share_by_shape_and_dtype(self, publish):
+        page = publish.results_page(publish.Run("x", units=self.content()))
+        assert "Measured on Abacus (AVX2), 2 threads" in page and "2026-11-27" in page
+        assert "a product in bfloat16" in page and "serve fast_unit (float32), fast_unit (bfloat16)" in page
+        assert page.index("**forward, float32**") < page.index("**forward + backward, bfloat16**")
+        assert "| images, heads, grid, head_dim | SDPA, content only | fast_unit | composite |" in page
+        lines = [line for line in page.splitlines() if line.startswith("| 8, 4, 14x14, 48 |")]
+        assert lines[0] == "| 8, 4, 14x14, 48 | 4.00 ms (25%) | 2.00 (50%) | 0.50 (12%) |"
+        assert lines[1].startswith("| 8, 4, 14x14, 48 | 4.00 ms (88%) | 2.00 (175%) |")  # seven products, not two
+        assert "| 1.00 (" in lines[3]  # by medians and by pairs, and not by the fastest call
+
+    def test_a_file_belongs_to_its_run(self, publish, monkeypatch, tmp_path):
+        monkeypatch.setattr(publish, "RESULTS", tmp_path)
+        (tmp_path / "x-abc1234-units.json").write_text(json.dumps(self.content()))
+        (run,) = publish.runs()
+        assert run.name == "x-abc1234" and run.units == self.content() and not run.on_gpu
+        assert "| 2026-11-27 | CPU kernels by instruction set |" in publish.index_page([run])
+
+
 class TestReadme:
     SOURCE = "benchmarks/results/x.json"
 

@@ -26,7 +26,8 @@ from convit_kernels.bench.results import NotMeasured, Row, load
 from convit_kernels.cli import app, demo
 
 ROOT = Path(__file__).parent.parent
-COMMITTED = [path for path in sorted(ROOT.glob("benchmarks/results/*.json")) if not path.stem.endswith("-models")]
+OTHERS = ("-models", "-units")  # files of another kind
+COMMITTED = [path for path in sorted(ROOT.glob("benchmarks/results/*.json")) if not path.stem.endswith(OTHERS)]
 
 
 class TestTimesFaster:
