@@ -34,14 +34,17 @@ kernels: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
-# The benchmarks, the attention's growth and whole models beside DeiT, kept by machine and commit; then the README's
-# table and the pages of docs/benchmarks from them.
+# The benchmarks, the attention's growth, whole models beside DeiT and the CPU kernels by instruction set, kept by
+# machine and commit; then the README's table and the pages of docs/benchmarks from them. The growth is of float32: a
+# processor without products of bfloat16 would take an hour for eager's.
 results: $(VENV)/built
 	results=$$($(BIN)/python benchmarks/publish.py --path) && \
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=$$results $(ARGS) && \
-	$(BIN)/python -m pytest benchmarks --benchmark-only --sweep --implementations eager,cpu,triton,sdpa \
-		-k attention-convit_small-forward --benchmark-json=$${results%.json}-growth.json && \
+	$(BIN)/python -m pytest benchmarks --benchmark-only --sweep --dtype float32 \
+		--implementations eager,cpu,triton,sdpa -k attention-convit_small-forward \
+		--benchmark-json=$${results%.json}-growth.json && \
 	$(BIN)/python benchmarks/against_deit.py --out $${results%.json}-models.json && \
+	$(BIN)/python benchmarks/units.py --out $${results%.json}-units.json && \
 	$(BIN)/python benchmarks/publish.py $$results
 
 # The site in build/site. Its tool reads the sources without importing them, so that neither torch nor a build is needed.

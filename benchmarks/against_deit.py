@@ -2,6 +2,7 @@
 
     python benchmarks/against_deit.py --out RESULTS.json     minutes: compiling is most of it
 
+In float32 and bfloat16, each where the machine's products allow, and the replaced ConViT by the composite backend too.
 Beside them, for inference, the same models under torch.compile with inductor's freezing, which packs the weights of
 every linear layer once. Nothing is timed before all that is replaced or compiled is right.
 
@@ -9,11 +10,10 @@ DeiT is another model, and all models of a size take turns: so this is not a gro
 implementations do the same work and are each paired with eager timm alone. benchmarks/publish.py shows the results.
 """
 
-import argparse
 import json
 import re
-from collections.abc import Callable
-from datetime import date
+from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,15 @@ import timm
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from tasks import DTYPES, why_slow
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from turns import content, parser, positive, take_turns
 
 from convit_kernels.bench import implementations
-from convit_kernels.bench.accuracy import closest, judge, require_right
+from convit_kernels.bench.accuracy import WrongResultsError, closest, judge, require_right
 from convit_kernels.bench.implementations import CLASSES, PATCH, Implementation, Task
-from convit_kernels.bench.machine import machine
-from convit_kernels.bench.measure import interleaved
+from convit_kernels.cli.output import write_json
 from convit_kernels.equivalence import expected
 
 SIZES = {
@@ -37,8 +38,9 @@ SIZES = {
     "convit_base": ("deit_base_patch16_224", 4),
 }
 EAGER_CONVIT, REPLACED, DEIT = "ConViT, timm", "ConViT, replaced", "DeiT, timm"
+COMPOSITE = "ConViT, composite"
 FROZEN = ", compiled and frozen"
-COLUMNS = (EAGER_CONVIT, REPLACED, DEIT, REPLACED + FROZEN, DEIT + FROZEN)
+COLUMNS = (EAGER_CONVIT, REPLACED, COMPOSITE, DEIT, REPLACED + FROZEN, DEIT + FROZEN)
 ATTENTION = re.compile(
     r"convit_kernels::gated_attention|aten::scaled_dot_product_attention|_scaled_dot_product\w*backward"
 )
@@ -49,6 +51,7 @@ def deit(task: Task, exact: bool = False) -> Implementation:
     torch.manual_seed(0)
     model: nn.Module = timm.create_model(SIZES[task.model][0]).eval()
     images, d_out = torch.randn(task.batch, 3, *[task.side * PATCH] * 2), torch.randn(task.batch, CLASSES)
+    model, images, d_out = (one.to(task.dtype) for one in (model, images, d_out))
     if exact:
         model, images, d_out = model.double(), images.double(), d_out.double()
     return Implementation(lambda: model(images), dict(model.named_parameters()), d_out, model)
@@ -69,6 +72,7 @@ def build(task: Task) -> dict[str, Implementation]:
     models = {
         EAGER_CONVIT: implementations.build(task, implementations.EAGER),
         REPLACED: implementations.build(task, "auto"),
+        COMPOSITE: implementations.build(task, "composite"),
         DEIT: deit(task),
     }
     if not task.backward:
@@ -78,7 +82,8 @@ def build(task: Task) -> dict[str, Implementation]:
 
 def check(task: Task, models: dict[str, Implementation]) -> None:
     """Raises WrongResultsError unless every ConViT, and a compiled DeiT by the same rule beside its own, is right."""
-    keys = {EAGER_CONVIT: implementations.EAGER, REPLACED: "auto", REPLACED + FROZEN: "automatic" + FROZEN}
+    keys = {EAGER_CONVIT: implementations.EAGER, REPLACED: "auto", COMPOSITE: "composite"}
+    keys[REPLACED + FROZEN] = "automatic" + FROZEN
     require_right(judge(task, {key: models[name] for name, key in keys.items() if name in models}))
     if (compiled := models.get(DEIT + FROZEN)) is not None:
         rule = expected(lambda dtype: _out(deit(task, exact=dtype == torch.float64)), task.dtype, draws=1)
@@ -105,58 +110,60 @@ def share_of_attention(call: Callable[[], Any]) -> float:
     return inside / whole
 
 
-def measure(rounds: int) -> dict[str, Any]:
+def measure(rounds: int, dtypes: Iterable[str] = DTYPES) -> dict[str, Any]:
     """The content of a file of results.
 
     Raises:
         WrongResultsError: of an implementation, before any of its group is timed. The text says which and how far.
     """
+    reasons = {name: why_slow("cpu", getattr(torch, name)) for name in dtypes}
+    groups = list(product([name for name, reason in reasons.items() if not reason], SIZES, (False, True)))
     rows = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        work = progress.add_task("whole models", total=2 * len(SIZES) * (rounds + 1))
-        for size, (_, batch) in SIZES.items():
-            for backward in (False, True):
-                torch.compiler.reset()  # else the sizes before use up the compiler's limit for the same code
-                task = Task("model", size, batch, backward=backward)
-                models = build(task)
-                check(task, models)
-                calls = {name: one.call(backward) for name, one in models.items()}
-                for call in calls.values():
-                    call()
-                progress.advance(work)
-                times = interleaved(calls, task.device, rounds, lambda: progress.advance(work))
-                shares = {name: share_of_attention(calls[name]) for name in (REPLACED, DEIT)}
-                for name, seconds in times.items():
-                    rows.append(
-                        {
-                            "size": size,
-                            "implementation": name,
-                            "backward": backward,
-                            "batch": batch,
-                            "seconds": seconds,
-                            "attention": shares.get(name),
-                            "parameters": sum(p.numel() for p in models[name].leaves.values()),
-                        }
-                    )
-    return {"machine": machine(), "date": date.today().isoformat(), "rows": rows}
+        work = progress.add_task("whole models", total=len(groups))
+        for dtype, size, backward in groups:
+            torch.compiler.reset()  # else the sizes before use up the compiler's limit for the same code
+            task = Task("model", size, SIZES[size][1], backward=backward, dtype=getattr(torch, dtype))
+            models = build(task)
+            check(task, models)
+            times = take_turns(task, models, lambda _: rounds, lambda part: progress.advance(work, part))
+            shares = {name: share_of_attention(models[name].call(backward)) for name in (REPLACED, DEIT)}
+            for name, seconds in times.items():
+                rows.append(
+                    {
+                        "size": size,
+                        "dtype": dtype,
+                        "implementation": name,
+                        "backward": backward,
+                        "batch": task.batch,
+                        "seconds": seconds,
+                        "attention": shares.get(name),
+                        "parameters": sum(p.numel() for p in models[name].leaves.values()),
+                    }
+                )
+    not_measured = [{"dtype": name, "reason": reason} for name, reason in reasons.items() if reason]
+    return content(rows, not_measured=not_measured)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The content of a file of results. Earlier files call an implementation "contender"."""
-    content: dict[str, Any] = json.loads(path.read_text())
-    for row in content["rows"]:
+    """The content of a file of results. Earlier files call an implementation "contender", and are in float32."""
+    found: dict[str, Any] = {"not_measured": []} | json.loads(path.read_text())
+    for row in found["rows"]:
+        row.setdefault("dtype", "float32")
         if "contender" in row:
             row["implementation"] = row.pop("contender")
-    return content
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="write the results here")
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(measure(options.rounds), indent=1) + "\n")
+    options_of = parser(__doc__)
+    options_of.add_argument("--rounds", type=positive(int), default=7, help="calls of each model (default: 7)")
+    options = options_of.parse_args()
+    try:
+        results = measure(options.rounds, [options.dtype] if options.dtype else DTYPES)
+    except WrongResultsError as reason:
+        raise SystemExit(str(reason)) from None
+    write_json(options.out, results)
 
 
 if __name__ == "__main__":

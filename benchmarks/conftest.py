@@ -9,7 +9,7 @@ from typing import NoReturn
 import pytest
 import torch
 from rich.console import Console
-from tasks import default_tasks, sweep_tasks, why_left_out
+from tasks import DTYPES, default_tasks, sweep_tasks, why_left_out
 
 from convit_kernels.bench.compare import speed_ups
 from convit_kernels.bench.implementations import Task, implementation_names
@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     options = parser.getgroup("convit_kernels")
     options.addoption("--sweep", action="store_true", help="also grids of 14x14 to 64x64, batches of 1 to 64, and more")
     options.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
-    options.addoption("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of all tensors")
+    options.addoption("--dtype", choices=(*DTYPES, "float16"), help=f"only this one; default: {' and '.join(DTYPES)}")
     options.addoption("--implementations", default="", help="only these, comma-separated; eager is always run beside")
     options.addoption("--row-seconds", type=float, default=0.5, help="about how long one row is timed")
     options.addoption(
@@ -60,15 +60,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "group" not in metafunc.fixturenames:
         return
     option = metafunc.config.getoption
-    dtype = getattr(torch, option("--dtype"))
-    tasks = default_tasks(option("--device"), dtype) + (
-        sweep_tasks(option("--device"), dtype) if option("--sweep") else []
-    )
+    dtypes = [getattr(torch, name) for name in ([option("--dtype")] if option("--dtype") else DTYPES)]
+    tasks = default_tasks(option("--device"), dtypes)
+    tasks += sweep_tasks(option("--device"), dtypes) if option("--sweep") else []
     chosen = set(filter(None, option("--implementations").split(",")))
     cases = []
     for task in dict.fromkeys(tasks):
         mode = "backward" if task.backward else "forward"
-        task_id = f"{task.part}-{task.model}-{mode}-{task.batch}x{task.side}x{task.side}"
+        task_id = f"{task.part}-{task.model}-{mode}-{task.batch}x{task.side}x{task.side}-{str(task.dtype)[6:]}"
         names = [name for name in implementation_names(task) if not chosen or name in chosen]
         left_out = {} if option("--sweep") else {name: why for name in names if (why := why_left_out(task, name))}
         included = tuple(name for name in names if name not in left_out)

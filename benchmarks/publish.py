@@ -4,8 +4,9 @@
     python benchmarks/publish.py RESULTS.json    from then on the README's table is of this file
     python benchmarks/publish.py --path          prints where the results of this machine and commit belong
 
-A run is what one machine measured at one commit: benchmarks/results/RUN.json, and beside it RUN-growth.json (a sweep)
-and RUN-models.json (whole models beside DeiT), each where there is one.
+A run is what one machine measured at one commit: benchmarks/results/RUN.json, and beside it RUN-growth.json (a sweep),
+RUN-models.json (whole models beside DeiT) and RUN-units.json (the CPU kernels by instruction set), each where there is
+one.
 """
 
 import argparse
@@ -16,7 +17,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from against_deit import COLUMNS, DEIT, EAGER_CONVIT, REPLACED
+import units
+from against_deit import COLUMNS, COMPOSITE, DEIT, EAGER_CONVIT, REPLACED
 from against_deit import load as load_models
 from tasks import SWEEP_MODEL, SWEEP_SIDES_BATCH
 
@@ -45,19 +47,20 @@ class Run(NamedTuple):
     """What one machine measured at one commit."""
 
     name: str
-    results: Results | None
-    growth: Results | None
-    models: dict[str, Any] | None  # what against_deit.py wrote
+    results: Results | None = None
+    growth: Results | None = None
+    models: dict[str, Any] | None = None  # what against_deit.py wrote
+    units: dict[str, Any] | None = None  # what units.py wrote
 
     @property
     def machine(self) -> dict[str, Any]:
         source = self.results or self.growth
-        return source.machine if source else (self.models or {})["machine"]
+        return source.machine if source else (self.models or self.units or {})["machine"]
 
     @property
     def date(self) -> str:
         source = self.results or self.growth
-        return source.date if source else (self.models or {}).get("date", "")
+        return source.date if source else (self.models or self.units or {}).get("date", "")
 
     @property
     def on_gpu(self) -> bool:
@@ -66,15 +69,14 @@ class Run(NamedTuple):
 
 def run_of(name: str) -> Run:
     """The run of a name, with the parts that are committed."""
-    paths = {part: RESULTS / f"{name}{part}.json" for part in ("", "-growth", "-models")}
-    results, growth = (load(paths[part]) if paths[part].is_file() else None for part in ("", "-growth"))
-    models = load_models(paths["-models"]) if paths["-models"].is_file() else None
-    return Run(name, results, growth, models)
+    readers = {"": load, "-growth": load, "-models": load_models, "-units": units.load}
+    paths = {part: RESULTS / f"{name}{part}.json" for part in readers}
+    return Run(name, *(read(paths[part]) if paths[part].is_file() else None for part, read in readers.items()))
 
 
 def runs() -> list[Run]:
     """All committed runs, by name."""
-    names = {re.sub("-(growth|models)$", "", path.stem) for path in RESULTS.glob("*.json")}
+    names = {re.sub("-(growth|models|units)$", "", path.stem) for path in RESULTS.glob("*.json")}
     return [run_of(name) for name in sorted(names)]
 
 
@@ -96,14 +98,13 @@ def table(headings: Iterable[str], rows: Iterable[Iterable[str]], named: int = 1
 # ---- times faster ----------------------------------------------------------------------------------------------------
 
 
-def best_of_ours(results: Results, ratios: Ratios) -> dict[tuple[str, bool], dict[str, SpeedUp]]:
-    """The best ratio of our backends at 14x14 patches: by part and mode, then by model."""
-    best: dict[tuple[str, bool], dict[str, SpeedUp]] = {}
+def best_of_ours(results: Results, ratios: Ratios) -> dict[str, dict[str, SpeedUp]]:
+    """The best ratio of our backends at 14x14 patches: by `Row.kind`, then by model."""
+    best: dict[str, dict[str, SpeedUp]] = {}
     for rows in by_group(row for row in results.rows if row.tokens == 196 and row.key in ratios).values():
-        part, backward, model = rows[0].part, rows[0].backward, rows[0].model
         if ours := [ratios[row.key] for row in rows if is_ours(row.implementation)]:
             # of a sweep's batches the default set's, which comes first
-            best.setdefault((part, backward), {}).setdefault(model, max(ours, key=lambda ratio: ratio.times))
+            best.setdefault(rows[0].kind, {}).setdefault(rows[0].model, max(ours, key=lambda ratio: ratio.times))
     return best
 
 
@@ -127,17 +128,14 @@ def readme_section(source: str, results: Results, on_gpu: bool) -> str:
     name = Path(source).stem
     begin, end = MARKERS
     ratios = speed_ups(results.rows)
-    best = best_of_ours(results, ratios)
-    lines = {f"{PARTS[part]}, {MODES[backward]}": line for (part, backward), line in best.items()}
-    dtypes = ", ".join(sorted({row.dtype for row in results.rows}))
     batches = sorted({row.batch for row in results.rows if row.tokens == 196 and row.key in ratios})
     text = [
         begin.format(source=source),
-        f"Measured on {describe(results.machine, results.loads)}, {results.date}; {dtypes}, 14x14 patches.",
+        f"Measured on {describe(results.machine, results.loads)}, {results.date}; 14x14 patches.",
         f"The fastest of our backends; batches of {batches[0]} to {batches[-1]} images, fewer for larger work.",
         "Nothing is timed unless its results are right.",
         "",
-        *_ratio_lines(lines, IN_README),
+        *_ratio_lines(best_of_ours(results, ratios), IN_README),
         "",
         f"![Times faster than eager timm, by model and implementation](docs/benchmarks/{name}/speed-up.svg)",
         "",
@@ -181,6 +179,8 @@ def results_page(run: Run) -> str:
         lines += _growth(run.name, run.growth)
     if run.models:
         lines += _models(run.name, run.models)
+    if run.units:
+        lines += _units(run.name, run.units)
     if run.results:
         lines += [*_not_measured(run.results.not_measured), *_every_row(run.results)]
     return "\n".join(lines).rstrip() + "\n"
@@ -199,16 +199,15 @@ def _data(name: str) -> str:
 def _speed_ups(name: str, results: Results) -> list[str]:
     ratios = speed_ups(results.rows)
     lines_of: dict[str, Mapping[str, SpeedUp]] = {}
-    for (part, backward), line in best_of_ours(results, ratios).items():
-        lines_of[f"{PARTS[part]}, {MODES[backward]}"] = line
+    for kind, line in best_of_ours(results, ratios).items():
+        lines_of[kind] = line
         alone = {
             row.model: ratios[row.key]
             for row in reversed(results.rows)
-            if (row.implementation, row.part, row.backward, row.tokens) == (SDPA, part, backward, 196)
-            and row.key in ratios
+            if (row.implementation, row.kind, row.tokens) == (SDPA, kind, 196) and row.key in ratios
         }
         if alone:
-            lines_of[f"{label(SDPA)}, {MODES[backward]}"] = alone
+            lines_of[kind.replace(PARTS["attention"], label(SDPA), 1)] = alone
     models = [model for model in ARCHITECTURES if any(model in line for line in lines_of.values())]
     lines = [
         "## Times faster than eager timm",
@@ -236,16 +235,16 @@ def _growth(name: str, results: Results) -> list[str]:
     """Time and memory by grid: eager's beside those of our fastest backend."""
     lost = {entry.group for entry in results.not_measured if entry.implementation == EAGER}
     groups = by_group(row for row in results.rows if row.batch == SWEEP_SIDES_BATCH)
+    kinds = list(dict.fromkeys(row.kind for row in results.rows))
     cells = []
-    for group, rows in sorted(groups.items(), key=lambda entry: (entry[1][0].backward, entry[1][0].tokens)):
+    for group, rows in sorted(groups.items(), key=lambda entry: (kinds.index(entry[1][0].kind), entry[1][0].tokens)):
         eager, alone = (next((row for row in rows if row.implementation == name), None) for name in (EAGER, SDPA))
         ours = min((row for row in rows if is_ours(row.implementation)), key=lambda row: row.time.p50, default=None)
         if ours is None or (eager is None and group not in lost):
             continue
         times = [milliseconds(row.time.p50) if row else "" for row in (eager, ours, alone)]
         memory = [f"{row.peak_memory / 1e6:.1f}" if row else "" for row in (eager, ours)]
-        task = f"{PARTS[ours.part]}, {MODES[ours.backward]}"
-        cells.append([task, str(ours.tokens), times[0] or "out of memory", *times[1:], *memory])
+        cells.append([ours.kind, str(ours.tokens), times[0] or "out of memory", *times[1:], *memory])
     headings = ["", "tokens", "eager, ms", "ours, ms", f"{label(SDPA)}, ms", "eager, peak MB", "ours, peak MB"]
     return [
         "## Growth with the image",
@@ -261,45 +260,93 @@ def _growth(name: str, results: Results) -> list[str]:
     ]
 
 
-def _models(name: str, content: dict[str, Any]) -> list[str]:
+def _models(name: str, measured: dict[str, Any]) -> list[str]:
     """Whole models: timm's ConViT, the same replaced, and timm's DeiT of the same size."""
+    columns = [column for column in COLUMNS if any(row["implementation"] == column for row in measured["rows"])]
+    ours = [column for column in columns if column in (REPLACED, COMPOSITE)]
     cells, shares = [], []
-    forward_first = sorted(content["rows"], key=lambda row: row["backward"])
-    for (backward, size), entries in groupby(forward_first, lambda row: (row["backward"], row["size"])):
+    dtypes = list(dict.fromkeys(row["dtype"] for row in measured["rows"]))
+    forward_first = sorted(measured["rows"], key=lambda row: (dtypes.index(row["dtype"]), row["backward"]))
+    for (dtype, backward, size), entries in groupby(
+        forward_first, lambda row: (row["dtype"], row["backward"], row["size"])
+    ):
         rows = {row["implementation"]: row for row in entries}
-        title = ARCHITECTURES[size].title
+        title = f"{ARCHITECTURES[size].title}, {MODES[backward]}, {dtype}"
         line = []
-        for column in COLUMNS:
+        for column in columns:
             row = rows.get(column)
             share = f" ({row['attention']:.0%})" if row and row["attention"] is not None else ""
             line.append(f"{milliseconds(spread(row['seconds']).p50)} ms{share}" if row else "")
-        cells.append([f"{title}, {MODES[backward]}", str(rows[EAGER_CONVIT]["batch"]), *line])
-        replaced, deit = rows[REPLACED], rows[DEIT]
-        slower = 1 / times_faster(deit["seconds"], replaced["seconds"]).times
-        parameters = replaced["parameters"] / deit["parameters"]
-        shares.append([f"{title}, {MODES[backward]}", f"{slower:.2f}", f"{parameters:.2f}"])
+        cells.append([title, str(rows[EAGER_CONVIT]["batch"]), *line])
+        deit = rows[DEIT]
+        slower = [1 / times_faster(deit["seconds"], rows[column]["seconds"]).times for column in ours]
+        parameters = rows[REPLACED]["parameters"] / deit["parameters"]
+        shares.append([title, *(f"{ratio:.2f}" for ratio in (*slower, parameters))])
     return [
         "## Whole models beside DeiT",
         "",
-        "float32, 224 x 224 pixels, medians of interleaved calls. In brackets attention's share of the time.",
+        "224 x 224 pixels, medians of interleaved calls. In brackets attention's share of the time.",
         _data(f"{name}-models"),
+        *(f"{entry['dtype']} was not timed: {entry['reason']}." for entry in measured["not_measured"]),
         "",
-        *table(["", "batch", *COLUMNS], cells),
+        *table(["", "batch", *columns], cells),
         "",
-        "The replaced ConViT relative to timm's DeiT. The time is the larger of two ratios: that of the medians, and",
-        "the median over pairs of neighbouring calls.",
+        "Relative to timm's DeiT: times, and the parameters of ConViT. A time is the larger of two ratios: that of the",
+        "medians, and the median over pairs of neighbouring calls.",
         "",
-        *table(["", "time", "parameters"], shares),
+        *table(["", *ours, "parameters"], shares),
         "",
     ]
 
 
+def _units(name: str, measured: dict[str, Any]) -> list[str]:
+    """The CPU kernels by instruction set, beside PyTorch's attention of the content and the composite."""
+    serving = [f"{unit} ({dtype})" for dtype, unit in measured["serving"].items()]
+    peaks = [f"{peak['rate'] / 1e9:.0f} GFLOP/s ({peak['how']})" for peak in measured["peaks"].values()]
+    lines = [
+        "## CPU kernels by instruction set",
+        "",
+        f"How many times faster than {label(SDPA)}, which is less work; in brackets the share of the rate of a large",
+        f"matrix product in the same dtype: {', '.join(peaks)}.",
+        "The arithmetic that is counted is two matrix products forward and five backward.",
+        f"{units.VARIABLE} chooses a set; without it serve {', '.join(serving)}.",
+        _data(f"{name}-units"),
+        "",
+    ]
+    for (dtype, backward), group in groupby(measured["rows"], lambda row: (row["dtype"], row["backward"])):
+        rows = list(group)
+        names = list(dict.fromkeys(row["implementation"] for row in rows))
+        cells = []
+        for shape, same in groupby(rows, lambda row: [row[key] for key in ("images", "heads", "side", "head_dim")]):
+            by_name = {row["implementation"]: row for row in same}
+            images, heads, side, head_dim = shape
+            line = [f"{images}, {heads}, {side}x{side}, {head_dim}"]
+            for unit in names:
+                row, alone = by_name[unit], by_name[SDPA]
+                share = units.rate(row) / measured["peaks"][dtype]["rate"]
+                time = f"{milliseconds(spread(row['seconds']).p50)} ms"
+                faster = f"{times_faster(alone['seconds'], row['seconds']).times:.2f}"
+                line.append(f"{time if unit == SDPA else faster} ({share:.0%})")
+            cells.append(line)
+        headings = [label(unit) if unit == SDPA else unit for unit in names]
+        lines += [
+            f"**{MODES[backward]}, {dtype}**",
+            "",
+            *table(["images, heads, grid, head_dim", *headings], cells),
+            "",
+        ]
+    return lines
+
+
 def _not_measured(entries: Iterable[NotMeasured]) -> list[str]:
     """What was left out, a line for each reason."""
+    by_reason: dict[str, list[NotMeasured]] = {}
+    for entry in sorted(entries, key=lambda entry: (place(entry.implementation), entry.reason)):
+        by_reason.setdefault(entry.reason, []).append(entry)
     lines = []
-    by_reason = sorted(entries, key=lambda entry: (place(entry.implementation), entry.reason))
-    for (name, reason), same in groupby(by_reason, lambda entry: (entry.implementation, entry.reason)):
-        lines.append(f"- {label(name)}, {len(list(same))} tasks: {reason}.")
+    for reason, same in by_reason.items():
+        names = dict.fromkeys(label(entry.implementation) for entry in same)
+        lines.append(f"- {', '.join(names)}, {len({entry.group for entry in same})} tasks: {reason}.")
     return ["## Not measured", "", *lines, ""] if lines else []
 
 
@@ -333,6 +380,7 @@ def index_page(all_runs: Iterable[Run]) -> str:
     rows = []
     for run in all_runs:
         parts = {"speed-ups": run.results, "growth": run.growth, "whole models beside DeiT": run.models}
+        parts["CPU kernels by instruction set"] = run.units
         holds = ", ".join(part for part, content in parts.items() if content)
         rows.append([f"[{_title(run)}](results-{run.name}.md)", run.date, holds])
     lines = [

@@ -1,6 +1,6 @@
 """Attention, GPSA layer and whole ConViT models: timm's, PyTorch's and ours, interleaved and checked.
 
-    pytest benchmarks --benchmark-only               the default set, ten minutes on two cores
+    pytest benchmarks --benchmark-only               the default set, float32 and bfloat16, ten minutes on two cores
     pytest benchmarks --benchmark-only --sweep       also grids and batches, up to where memory ends
     pytest benchmarks --benchmark-only -k "layer and small"
 
@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+from tasks import CHECKED_TOKENS
 
 from convit_kernels.bench.accuracy import Accuracy, WrongResultsError, judge, require_right
 from convit_kernels.bench.implementations import EAGER, CannotRunError, Implementation, Task, build
@@ -25,14 +26,11 @@ from convit_kernels.bench.measure import (
     memory_peak,
     peak_memory,
     peak_resident,
+    rounds_within,
     seconds,
     spread,
 )
 from convit_kernels.bench.results import Row
-
-ROUNDS = (5, 50)  # the fewest and the most of a row
-SLOW, SLOW_ROUNDS = 2.0, 3  # seconds of a round beyond which fewer must do
-CHECKED_TOKENS = 1024  # of a grid beyond which one image of a batch is checked: float64 needs the memory
 
 
 class Group:
@@ -102,8 +100,7 @@ def test_convit(benchmark, group: Group, name: str, request: pytest.FixtureReque
             eager_times.append(seconds(eager, device))
         flush_cache(device)
 
-    fewest = SLOW_ROUNDS if once > SLOW else ROUNDS[0]
-    rounds = int(min(max(request.config.getoption("--row-seconds") / once, fewest), ROUNDS[1]))
+    rounds = rounds_within(request.config.getoption("--row-seconds"), once)
     benchmark.group = str(task)
     benchmark.pedantic(lambda: times.append(seconds(call, device)), setup=before, rounds=rounds)
 

@@ -13,6 +13,8 @@ that rounding can move it:
   added up in (float32 for half precision), q the sum of the terms' squares: that is w times the root of the sum of
   the squares of all partial sums, on average over the orders of adding up, and far above w |s| where terms cancel.
   All n terms count: libraries add long sums up in blocks, but not always;
+- for the gradients of a layer norm's weight and bias on the CPU, sums over all rows: added up one row after another in
+  the dtype itself, as PyTorch does there. In half precision many terms of one sign are lost, which is no random error;
 - u (|dP| + sum P |dP|) P for a softmax's gradient P (dP - sum P dP), whose two parts a fused backward finds apart;
 - for the softmax P of content, in one direction for a row, w |lse| P and what those sums do to its logits, where a
   backward finds P anew, from logits that it adds up once more and the log-sum-exp of the forward's: PyTorch's fused
@@ -200,6 +202,7 @@ class _Rounding(TorchDispatchMode):
     def __init__(self, dtype: torch.dtype, seed: int, recomputed: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         wide = torch.promote_types(dtype, torch.float32)
+        self._dtype = dtype
         self._store, self._accumulate = (torch.finfo(each).eps / 2 for each in (dtype, wide))
         self._smallest = torch.finfo(dtype).smallest_normal * self._store  # half a step between subnormal numbers
         self._recomputed = recomputed
@@ -227,6 +230,11 @@ class _Rounding(TorchDispatchMode):
         elif name == "sum" and result.numel():
             squares = func(args[0].square(), *args[1:], **kwargs)
             size = self._added_up(result, squares, args[0].numel() // result.numel())
+        elif name == "native_layer_norm_backward" and args[0].device.type == "cpu":
+            d_out, x, shape, mean, rstd = args[:5]
+            for total, terms in ((result[1], d_out * (x - mean) * rstd), (result[2], d_out)):
+                if total is not None:
+                    total.copy_(self._in_turn(terms.reshape(-1, *shape)))
         elif name == "mul" and carried is not None:
             self._of_products[result] = carried * args[1]
         elif name == "_softmax" and carried is not None:
@@ -243,6 +251,13 @@ class _Rounding(TorchDispatchMode):
 
     def _directions(self, like: Tensor) -> Tensor:
         return (torch.randint(0, 2, like.shape, generator=self._generator) * 2 - 1).to(like.device)
+
+    def _in_turn(self, terms: Tensor) -> Tensor:
+        """The sum over the first dimension as it comes out when each addition is rounded to the dtype."""
+        total = terms.new_zeros(terms.shape[1:])
+        for term in terms:
+            total = (total + term).to(self._dtype).double()
+        return total
 
     def _added_up(self, result: Tensor, squares: Tensor, terms: int) -> Tensor:
         """What adding up `terms` terms may do to their sum, given the sum of their squares."""

@@ -47,7 +47,7 @@ def row(implementation="composite", seconds=0.010, rounds=15, noise=0.05, drift=
         batch=task.batch,
         tokens=task.tokens,
         backward=task.backward,
-        dtype="float32",
+        dtype=str(task.dtype)[6:],
         device="cpu",
         load_1_minute=MACHINE["load_1_minute"],
     )

@@ -3,6 +3,8 @@
 import importlib
 import itertools
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 import convit_kernels as ck
+from convit_kernels.attention import why_not as why_not_backend
 from convit_kernels.bench import measure
 from convit_kernels.bench.accuracy import WrongResultsError, judge, require_right
 from convit_kernels.bench.compare import speed_ups
@@ -29,7 +32,7 @@ from convit_kernels.bench.implementations import (
 from convit_kernels.bench.results import Row
 
 ROOT = Path(__file__).parent.parent
-ONE_GROUP = ("-k", "attention and tiny and forward and not plus")
+ONE_GROUP = ("-k", "attention and tiny and forward and not plus", "--dtype", "float32")
 QUICK = ("--row-seconds", "0.01", "--implementations", "eager,sdpa,composite")
 
 
@@ -117,19 +120,161 @@ class TestSuite:
         content = json.loads(path.read_text())
         assert [entry["extra_info"]["implementation"] for entry in content["benchmarks"]] == [SDPA, "composite"]
         assert all(entry["extra_info"]["ratio_to_eager"] is None for entry in content["benchmarks"])
-        lost = [entry for entry in content["not_measured"] if entry["implementation"] == EAGER]
-        assert "out of memory" in lost[0]["reason"]
+        measured = content["benchmarks"][0]["extra_info"]["group"]
+        (lost,) = (entry for entry in content["not_measured"] if entry["group"] == measured)
+        assert lost["implementation"] == EAGER and "out of memory" in lost["reason"]
 
-    def test_the_default_set_has_every_size_and_the_sweep_grids_and_batches(self, monkeypatch):
+    @pytest.mark.parametrize(
+        "arguments, dtypes", [((), {"float32", "bfloat16"}), (("--dtype", "float16"), {"float16"})], ids=["all", "one"]
+    )
+    def test_both_dtypes_are_timed_unless_one_is_named(self, arguments, dtypes):
+        done = run_benchmarks("-k", "attention and small and forward", "--collect-only", "-q", *arguments)
+        assert set(re.findall(r"-(\w+)-composite\]", done.stdout)) == dtypes, done.stdout
+
+
+class TestDefaultSet:
+    @pytest.fixture
+    def tasks(self, monkeypatch):
         monkeypatch.syspath_prepend(ROOT / "benchmarks")
-        tasks = importlib.import_module("tasks")
-        default = tasks.default_tasks("cpu", torch.float32)
-        found = {(task.part, task.model, task.backward) for task in default}
-        assert found == set(itertools.product(PARTS, ARCHITECTURES, (False, True)))
-        assert {task.side for task in default} == {14}
-        sweep = tasks.sweep_tasks("cpu", torch.float32)
-        assert {task.side for task in sweep} >= {14, 64}
-        assert {task.batch for task in sweep} >= {1, 64}
+        return importlib.import_module("tasks")
+
+    @pytest.fixture
+    def products(self, tasks, monkeypatch):
+        """What the machine does in each dtype: FLOP/s."""
+        rates = {torch.float32: 1e11, torch.bfloat16: 2e11, torch.float16: 1e9}
+        monkeypatch.setattr(tasks, "matrix_product", lambda device, dtype, side: measure.Peak(rates[dtype], "made up"))
+        return rates
+
+    def included(self, tasks, name: str) -> set:
+        found = tasks.default_tasks("cpu", (torch.float32, torch.bfloat16))
+        assert {task.side for task in found} == {14} and len(found) == len(set(found))
+        return {
+            (task.part, task.model, task.backward, task.dtype) for task in found if not tasks.why_left_out(task, name)
+        }
+
+    def test_eager_and_the_composite_are_in_every_part_mode_and_dtype(self, tasks, products):
+        dtypes, modes = (torch.float32, torch.bfloat16), (False, True)
+        sizes = ("convit_tiny", "convit_small", "convit_base")
+        wanted = set(itertools.product(PARTS, sizes, modes, dtypes))
+        wanted |= set(itertools.product(["attention"], ARCHITECTURES, modes, dtypes))
+        for name in (EAGER, "composite", "cpu"):
+            assert self.included(tasks, name) == wanted
+
+    def test_it_leaves_out_what_is_slow_or_tells_little(self, tasks, products):
+        assert self.included(tasks, "reference") == set()
+        compiled = self.included(tasks, COMPILED)
+        assert {(model, dtype) for _, model, _, dtype in compiled} == {("convit_small", torch.float32)}
+        everything = self.included(tasks, "composite")
+        products[torch.bfloat16] = 1e10
+        assert self.included(tasks, "composite") == everything
+        products[torch.bfloat16] = 9e9
+        parts = {part for part, _, _, dtype in self.included(tasks, "composite") if dtype == torch.bfloat16}
+        assert parts == {"attention"}
+        reason = tasks.why_left_out(Task("layer", "convit_tiny", 8, dtype=torch.bfloat16), EAGER)
+        assert "a matrix product in bfloat16 takes more than 10 times as long as in float32 here" in reason
+
+    def test_the_sweep_has_grids_and_batches_of_each_dtype(self, tasks):
+        sweep = tasks.sweep_tasks("cpu", (torch.float32, torch.bfloat16))
+        for dtype in (torch.float32, torch.bfloat16):
+            assert {task.side for task in sweep if task.dtype == dtype} >= {14, 64}
+            assert {task.batch for task in sweep if task.dtype == dtype} >= {1, 64}
+
+
+needs_kernels = pytest.mark.skipif(bool(why_not_backend("cpu")), reason="the CPU kernels were not built")
+
+
+class TestUnits:
+    SHAPES = ((2, 3, 4, 8), (1, 2, 5, 4))
+
+    @pytest.fixture
+    def units(self, monkeypatch):
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        return importlib.import_module("units")
+
+    @pytest.fixture
+    def invented(self, units, monkeypatch):
+        """Three sets: the fastest has kernels for bfloat16 alone, and the last is emulated."""
+        own = {"one": {"bfloat16": "one", "float32": "two"}, "two": dict.fromkeys(("bfloat16", "float32"), "two")}
+        own["one_emulated"] = {"bfloat16": "one_emulated", "float32": "two"}
+        monkeypatch.setattr(units.extension, "instruction_sets", lambda: list(own))
+        monkeypatch.setattr(units.extension, "units_by_dtype", lambda: own[os.environ[units.VARIABLE]])
+
+    def test_a_unit_is_timed_where_it_has_a_kernel_of_its_own(self, units, invented, monkeypatch):
+        monkeypatch.setenv(units.VARIABLE, "two")
+        assert units.units("bfloat16") == ["one", "two"] and units.units("float32") == ["two"]
+        assert os.environ[units.VARIABLE] == "two"
+
+    @needs_kernels
+    def test_each_runs_its_own_kernels_forward_and_backward(self, units, monkeypatch):
+        monkeypatch.setenv(units.VARIABLE, "no such set")
+        served = []
+        with units.variable_kept():
+            names = units.units("float32")
+            task = Task("attention", "2x8", 1, side=3, backward=True)
+            for implementation in units.implementations(task, names).values():
+                implementation.leaves["q"].register_hook(lambda _: served.append(os.environ.get(units.VARIABLE)))
+                implementation.call(backward=True)()
+        assert served[1 : 1 + len(names)] == names and len(names) >= 1
+        assert os.environ[units.VARIABLE] == "no such set"
+
+    @needs_kernels
+    def test_rows_name_shape_dtype_and_unit(self, units, monkeypatch):
+        monkeypatch.setattr(units, "arithmetic_peak", lambda device, dtype: measure.Peak(1e9, str(dtype)))
+        monkeypatch.setattr(units, "TRAINED_SIDE", 4)
+        monkeypatch.delenv(units.VARIABLE, raising=False)
+        content = units.measure(0.001, ["float32", "bfloat16"], self.SHAPES)
+        sizes = ("dtype", "backward", "images", "heads", "side", "head_dim")
+        groups = {tuple(row[key] for key in sizes) for row in content["rows"]}
+        small, large = self.SHAPES  # the large one is timed forward alone
+        modes = [(False, small), (True, small), (False, large)]
+        assert groups == {(dtype, backward, *shape) for dtype in ("float32", "bfloat16") for backward, shape in modes}
+        names = [row["implementation"] for row in content["rows"] if row["dtype"] == "bfloat16"]
+        assert names[: len(names) // 3] == [SDPA, *units.units("bfloat16"), "composite"]
+        assert all(len(row["seconds"]) >= 5 for row in content["rows"])
+        assert content["peaks"]["bfloat16"] == {"rate": 1e9, "how": "torch.bfloat16"}
+        assert content["serving"]["bfloat16"] in names and content["machine"]["cpu"]
+
+    @needs_kernels
+    def test_a_wrong_unit_is_refused_before_any_is_timed(self, units, monkeypatch):
+        right, timed = units.by_unit, []
+
+        def wrong(name, implementation):
+            return right(name, implementation._replace(forward=lambda: implementation.forward() * 1.001))
+
+        monkeypatch.setattr(units, "by_unit", wrong)
+        monkeypatch.setattr(units, "take_turns", lambda *_: timed.append("a group"))
+        with pytest.raises(WrongResultsError, match=f"ours: {units.units('float32')[0]}: out: error 1.0e-03"):
+            units.measure(0.001, ["float32"], self.SHAPES)
+        assert timed == []
+
+    def test_large_grids_are_checked_with_one_head_of_one_image(self, units):
+        small, large = Task("attention", "4x48", 8, side=32), Task("attention", "4x48", 8, side=64)
+        assert units.as_checked(small) == small
+        assert units.as_checked(large) == large._replace(model="1x48", batch=1)
+
+    @pytest.mark.parametrize(
+        "arguments, text",
+        [
+            (["--out", "{folder}"], "cannot be written: it is a folder"),
+            (["--out", "{folder}/missing/x.json"], "there is no folder"),
+            (["--out", "{folder}/x.json", "--seconds", "-1"], "argument --seconds: '-1' is no number above 0"),
+            (["--out", "{folder}/x.json", "--dtype", "float64"], "choose from 'float32', 'bfloat16', 'float16'"),
+            ([], "required: --out"),
+        ],
+    )
+    def test_bad_input_ends_it_before_any_work(self, units, monkeypatch, capsys, tmp_path, arguments, text):
+        monkeypatch.setattr(units, "measure", lambda *_: pytest.fail("it has begun"))
+        monkeypatch.setattr(sys, "argv", ["units.py", *(text.format(folder=tmp_path) for text in arguments)])
+        with pytest.raises(SystemExit) as ended:
+            units.main()
+        assert ended.value.code == 2 and text in capsys.readouterr().err
+
+    def test_without_kernels_it_says_why(self, units, monkeypatch, capsys, tmp_path):
+        monkeypatch.setattr(units, "why_not", lambda name: "it was never built here")
+        monkeypatch.setattr(sys, "argv", ["units.py", "--out", str(tmp_path / "x.json")])
+        with pytest.raises(SystemExit):
+            units.main()
+        assert "there are no units to time: it was never built here" in capsys.readouterr().err
 
 
 class TestCheck:
@@ -140,6 +285,25 @@ class TestCheck:
         judged = judge(task, {name: build(task, name) for name in (EAGER, "composite", "reference")})
         require_right(judged)
         assert all(0 < accuracy.error <= accuracy.allowed < 1e-3 for accuracy in judged.values())
+
+    @pytest.mark.parametrize("part", ["attention", "layer"])
+    def test_so_they_do_in_bfloat16_where_an_error_of_a_tenth_does_not(self, part):
+        task = Task(part, "convit_tiny", 1, side=14, dtype=torch.bfloat16)
+        right = {name: build(task, name) for name in (EAGER, "composite", "reference")}
+        require_right(judge(task, right))
+        wrong = right["composite"]._replace(forward=lambda: right["composite"].forward() * 1.1)
+        with pytest.raises(WrongResultsError, match="ours: composite: out"):
+            require_right(judge(task, {"composite": wrong}))
+
+    def test_exact_positions_are_not_rounded(self):
+        """bfloat16 has no 313, the square of a distance that a grid of 14 x 14 patches has."""
+        task = Task("attention", "convit_tiny", 1, side=14, dtype=torch.bfloat16)
+        eager = build(task, EAGER, exact=True)
+        q, k, v, pos_weight, gate = eager.leaves.values()
+        pos_weight.fill_(0.1)  # the farthest patches count most
+        scale = q.shape[-1] ** -0.5
+        exact = ck.gpsa_attention(q, k, v, pos_weight, gate, scale=scale, backend="reference")
+        torch.testing.assert_close(eager.forward(), exact, rtol=1e-10, atol=1e-10)
 
     def test_all_are_held_to_the_same(self):
         task = Task("attention", "convit_tiny", 1, side=5)
@@ -194,6 +358,19 @@ class TestTasks:
     def test_one_that_cannot_run_says_why(self, name, reason):
         with pytest.raises(CannotRunError, match=reason):
             build(Task("layer", "convit_tiny", 1), name)
+
+    def test_attention_alone_may_have_any_heads(self):
+        task = Task("attention", "6x64", 2, side=3)
+        assert str(task).startswith("attention, 6 heads of 64, forward, batch 2")
+        assert build(task, "composite").forward().shape == (2, 6, 9, 64)
+        assert task.flops() == 4 * 2 * 6 * 81 * 64
+
+    @pytest.mark.parametrize("model", ["convit_huge", "6x", "0x64"])
+    def test_an_unknown_model_is_an_error(self, model):
+        with pytest.raises(
+            ValueError, match=f"unknown model '{model}': allowed are .*convit_base_plus.*HEADSxHEAD_DIM"
+        ):
+            build(Task("attention", model, 1), EAGER)
 
     def test_an_unknown_one_is_an_error(self):
         with pytest.raises(ValueError, match="unknown backend 'fastest'"):

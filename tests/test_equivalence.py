@@ -56,6 +56,30 @@ def test_a_lucky_draw_of_eager_s_does_not_bind():
     assert rule.share(other) <= 1
 
 
+def test_a_layer_norm_s_parameters_may_be_added_up_in_the_dtype_itself():
+    """As PyTorch does on the CPU; eager elsewhere adds up in float32."""
+    x, d_out = (torch.randn(400, 32).bfloat16() for _ in range(2))
+
+    def gradients(dtype):
+        weight, bias = (torch.ones(32, dtype=dtype, requires_grad=True) for _ in range(2))
+        out = torch.nn.functional.layer_norm(x.to(dtype), (32,), weight, bias)
+        d_weight, d_bias = torch.autograd.grad(out, (weight, bias), d_out.to(dtype))
+        return {"d weight": d_weight, "d bias": d_bias}
+
+    def in_float32(dtype):
+        wide = gradients(torch.promote_types(dtype, torch.float32))
+        return {name: result.to(dtype) for name, result in wide.items()}
+
+    rule = expected(in_float32, torch.bfloat16)
+    one_after_another = torch.zeros(32, dtype=torch.bfloat16)
+    for row in d_out:
+        one_after_another += row
+    assert rule["d bias"].error(one_after_another) > 2 * rule["d bias"].eager_error
+    assert rule["d bias"].share(one_after_another) <= 1
+    for name, found in gradients(torch.bfloat16).items():
+        assert rule[name].share(found) <= 1 < rule[name].share(1.2 * found), name
+
+
 class TestItCatches:
     @pytest.mark.parametrize("name", NAMES)
     @pytest.mark.parametrize("factor", [1 + 1e-4, 1 - 1e-4, -1.0])

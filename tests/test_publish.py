@@ -63,7 +63,7 @@ class TestCommitted:
         page = publish.results_page(publish.run_of(Path(section["source"]).stem))
         lines = [line for line in section[0].splitlines() if line.startswith("| ")][2:]
         ratios = re.findall(rf"(?<=\| )\d+\.\d\d{MARK}?(?= \|)", "\n".join(lines))
-        assert len(lines) <= 6 and len(ratios) == 3 * len(lines)
+        assert len(lines) <= 12 and len(ratios) == 3 * len(lines)  # six for each of two dtypes
         assert all(f"| **{ratio}** |" in page for ratio in ratios)
 
     def test_no_ratio_is_beyond_the_noise_of_its_columns_without_a_mark(self, publish):
@@ -118,6 +118,7 @@ class TestWholeModels:
         "broken, text",
         [
             ("ConViT, replaced", "ours, automatic: out: error 1.0e-03"),
+            ("ConViT, composite", "ours: composite: out: error 1.0e-03"),
             ("ConViT, replaced, compiled and frozen", "compiled and frozen: out: error 1.0e-03"),
             ("DeiT, timm, compiled and frozen", "DeiT's out: error 1.0e-03"),
         ],
@@ -127,9 +128,9 @@ class TestWholeModels:
         timed = []
         monkeypatch.setattr(against_deit, "SIZES", {"convit_tiny": ("deit_tiny_patch16_224", 1)})
         monkeypatch.setattr(against_deit, "build", lambda task: right | {broken: wrong})
-        monkeypatch.setattr(against_deit, "interleaved", lambda *_: timed.append("a group"))
+        monkeypatch.setattr(against_deit, "take_turns", lambda *_: timed.append("a group"))
         with pytest.raises(WrongResultsError, match=text):
-            against_deit.measure(1)
+            against_deit.measure(1, ["float32"])
         assert timed == []
 
     def test_frozen_packs_the_weights_and_not_the_input(self, against_deit):
@@ -142,28 +143,97 @@ class TestWholeModels:
             layer.weight.zero_()
         assert not torch.equal(call(), layer(images))
 
-    def test_what_it_says_of_deit_is_the_less_favourable(self, publish, against_deit):
-        names = (against_deit.EAGER_CONVIT, against_deit.REPLACED, against_deit.DEIT)
-        seconds = ([1, 1, 1], [4, 1, 1], [4, 4, 1])  # of DeiT over replaced: 1 by pairs, 4 by medians
-        rows = [
-            {"size": size, "backward": backward, "implementation": name, "batch": 1, "seconds": times}
-            | {"attention": None, "parameters": 150 if name == against_deit.REPLACED else 100}
+    def rows(self, against_deit, dtype: str, **seconds: list[float]) -> list[dict]:
+        """Of every size and mode: by the name of a constant in against_deit.py."""
+        return [
+            {"size": size, "backward": backward, "dtype": dtype, "batch": 1, "seconds": times, "attention": None}
+            | {"implementation": getattr(against_deit, name), "parameters": 100 if name == "DEIT" else 150}
             for size in against_deit.SIZES
             for backward in (False, True)
-            for name, times in zip(names, seconds, strict=True)
+            for name, times in seconds.items()
         ]
-        content = {"machine": MACHINE, "date": "2026-11-25", "rows": rows}
-        page = publish.results_page(publish.Run("x", None, None, content))
-        assert (
-            "| ConViT-Ti, forward | 1.00 | 1.50 |" in page and "| ConViT-B, forward + backward | 1.00 | 1.50 |" in page
-        )
-        assert page.index("ConViT-B, forward |") < page.index("ConViT-Ti, forward + backward |")
+
+    def page(self, publish, rows: list[dict], not_measured=()) -> str:
+        content = {"machine": MACHINE, "date": "2026-11-25", "rows": rows, "not_measured": not_measured}
+        return publish.results_page(publish.Run("x", models=content))
+
+    def test_what_it_says_of_deit_is_the_less_favourable(self, publish, against_deit):
+        # of DeiT over replaced: 1 by pairs, 4 by medians
+        seconds = {"EAGER_CONVIT": [1, 1, 1], "REPLACED": [4, 1, 1], "DEIT": [4, 4, 1]}
+        page = self.page(publish, self.rows(against_deit, "float32", **seconds))
+        assert "| ConViT-Ti, forward, float32 | 1.00 | 1.50 |" in page
+        assert "| ConViT-B, forward + backward, float32 | 1.00 | 1.50 |" in page
+        assert page.index("ConViT-B, forward, float32") < page.index("ConViT-Ti, forward + backward, float32")
         assert "commit abc1234, 2026-11-25" in page and f"| {against_deit.REPLACED} |" in page
+        assert against_deit.COMPOSITE not in page  # earlier files lack it
+
+    def test_each_dtype_is_held_against_deit_of_its_own(self, publish, against_deit):
+        seconds = {"EAGER_CONVIT": [9], "REPLACED": [2], "COMPOSITE": [3], "DEIT": [1]}
+        rows = self.rows(against_deit, "float32", **seconds)
+        rows += self.rows(against_deit, "bfloat16", **seconds | {"COMPOSITE": [5]})
+        page = self.page(publish, rows)
+        assert "| ConViT-S, forward, float32 | 2.00 | 3.00 | 1.50 |" in page
+        assert "| ConViT-S, forward, bfloat16 | 2.00 | 5.00 | 1.50 |" in page
+        assert page.index("ConViT-B, forward + backward, float32") < page.index("ConViT-Ti, forward, bfloat16")
+
+    def test_a_dtype_whose_products_are_slow_is_left_out_with_the_reason(self, publish, against_deit, monkeypatch):
+        monkeypatch.setattr(against_deit, "why_slow", lambda device, dtype: "it takes an hour")
+        left_out = against_deit.measure(1, ["bfloat16"])["not_measured"]
+        assert left_out == [{"dtype": "bfloat16", "reason": "it takes an hour"}]
+        seconds = {"EAGER_CONVIT": [1], "REPLACED": [1], "DEIT": [1]}
+        page = self.page(publish, self.rows(against_deit, "float32", **seconds), left_out)
+        assert "bfloat16 was not timed: it takes an hour." in page
+
+    def test_deit_is_exact_of_the_rounded_values(self, against_deit):
+        task = Task("model", "convit_tiny", 1, dtype=torch.bfloat16)
+        rounded, exact = (against_deit.deit(task, exact) for exact in (False, True))
+        for name, leaf in rounded.leaves.items():
+            assert leaf.dtype == torch.bfloat16 and torch.equal(leaf.double(), exact.leaves[name])
 
     def test_earlier_files_are_read_too(self, against_deit, tmp_path):
         row = {"size": "convit_tiny", "backward": False, "batch": 8, "seconds": [1.0]}
         (tmp_path / "old.json").write_text(json.dumps({"rows": [row | {"contender": against_deit.DEIT}]}))
-        assert against_deit.load(tmp_path / "old.json")["rows"] == [row | {"implementation": against_deit.DEIT}]
+        found = against_deit.load(tmp_path / "old.json")
+        assert found["rows"] == [row | {"implementation": against_deit.DEIT, "dtype": "float32"}]
+        assert found["not_measured"] == []
+
+
+class TestUnits:
+    def content(self) -> dict:
+        """SDPA takes 4 ms; the peak is so that the fast unit's forward in float32 reaches half of it."""
+        dtypes, flops = ("float32", "bfloat16"), 4 * 8 * 4 * 196**2 * 48
+        times = {"sdpa": 0.004, "fast_unit": 0.002, "composite": 0.008}
+        rows = [
+            {"images": 8, "heads": 4, "side": 14, "head_dim": 48, "dtype": dtype, "backward": backward}
+            | {"implementation": name, "seconds": [time] * 3}
+            for dtype in dtypes
+            for backward in (False, True)
+            for name, time in times.items()
+        ]
+        rows[-2] |= {"seconds": [0.001, 0.004, 0.004]}
+        peaks = {
+            dtype: {"rate": 2 * flops / 0.002, "how": f"a product in {dtype}"} for dtype in ("float32", "bfloat16")
+        }
+        serving = {"float32": "fast_unit", "bfloat16": "fast_unit"}
+        return {"machine": MACHINE, "date": "2026-11-27", "serving": serving, "peaks": peaks, "rows": rows}
+
+    def test_the_page_has_ratio_and_share_by_shape_and_dtype(self, publish):
+        page = publish.results_page(publish.Run("x", units=self.content()))
+        assert "Measured on Abacus (AVX2), 2 threads" in page and "2026-11-27" in page
+        assert "a product in bfloat16" in page and "serve fast_unit (float32), fast_unit (bfloat16)" in page
+        assert page.index("**forward, float32**") < page.index("**forward + backward, bfloat16**")
+        assert "| images, heads, grid, head_dim | SDPA, content only | fast_unit | composite |" in page
+        lines = [line for line in page.splitlines() if line.startswith("| 8, 4, 14x14, 48 |")]
+        assert lines[0] == "| 8, 4, 14x14, 48 | 4.00 ms (25%) | 2.00 (50%) | 0.50 (12%) |"
+        assert lines[1].startswith("| 8, 4, 14x14, 48 | 4.00 ms (88%) | 2.00 (175%) |")  # seven products, not two
+        assert "| 1.00 (" in lines[3]  # by medians and by pairs, and not by the fastest call
+
+    def test_a_file_belongs_to_its_run(self, publish, monkeypatch, tmp_path):
+        monkeypatch.setattr(publish, "RESULTS", tmp_path)
+        (tmp_path / "x-abc1234-units.json").write_text(json.dumps(self.content()))
+        (run,) = publish.runs()
+        assert run.name == "x-abc1234" and run.units == self.content() and not run.on_gpu
+        assert "| 2026-11-27 | CPU kernels by instruction set |" in publish.index_page([run])
 
 
 class TestReadme:
@@ -172,7 +242,7 @@ class TestReadme:
     def test_a_disturbed_neighbour_does_not_lead_the_table(self, publish):
         rows = results(*disturbed_run())
         section = publish.readme_section(self.SOURCE, rows, on_gpu=False)
-        (line,) = (line for line in section.splitlines() if line.startswith("| attention, forward |"))
+        (line,) = (line for line in section.splitlines() if line.startswith("| attention, forward, float32 |"))
         assert [float(cell) for cell in line.split("|")[2:5]] == pytest.approx([4, 4, 4], rel=0.1)
         page = publish.results_page(publish.Run("x", rows, None, None))
         assert re.search(rf"^\| ours: composite \| \*\*(1\.9|2\.)\d+{MARK}\*\*", page, re.MULTILINE)
@@ -182,6 +252,18 @@ class TestReadme:
         section = publish.readme_section(self.SOURCE, results(row("eager", 0.04), row()), on_gpu=False)
         for text in ("Abacus (AVX2), 2 threads", "commit abc1234", "2026-11-25", "load 2.5 on 2 cores", "float32"):
             assert text in section
+
+    def test_each_dtype_has_lines_of_its_own(self, publish):
+        rows = []
+        for dtype, ours in ((torch.float32, 0.010), (torch.bfloat16, 0.005)):
+            task = Task("attention", "convit_small", 8, dtype=dtype)
+            rows += [row(*one, noise=0, task=task) for one in (("eager", 0.04), ("sdpa", 0.02), ("cpu", ours))]
+        section = publish.readme_section(self.SOURCE, results(*rows), on_gpu=False)
+        assert "| attention, forward, float32 |  | 4.00 |  |" in section
+        assert "| attention, forward, bfloat16 |  | 8.00 |  |" in section
+        page = publish.results_page(publish.Run("x", results(*rows)))
+        assert "| attention, forward, bfloat16 | 8.00 |" in page
+        assert "| SDPA, content only, forward, bfloat16 | 2.00 |" in page
 
     def test_it_says_that_there_was_no_gpu_until_there_is_one(self, publish):
         rows = results(row("eager", 0.04), row())
@@ -232,14 +314,28 @@ class TestPages:
         lost = NotMeasured(str(large), "eager", "out of memory: 9 GB were asked for")
         swept = results(row("eager", 0.04, task=small), row(task=small), row(task=large), not_measured=[lost])
         text = publish.results_page(publish.Run("x", None, swept, None))
-        (first,) = (line for line in text.splitlines() if line.startswith("| attention, forward | 196 "))
-        (last,) = (line for line in text.splitlines() if line.startswith("| attention, forward | 4096 "))
-        assert "out of memory" not in first and last.startswith("| attention, forward | 4096 | out of memory | ")
+        start = "| attention, forward, float32 |"
+        (first,) = (line for line in text.splitlines() if line.startswith(f"{start} 196 "))
+        (last,) = (line for line in text.splitlines() if line.startswith(f"{start} 4096 "))
+        assert "out of memory" not in first and last.startswith(f"{start} 4096 | out of memory | ")
+
+    def test_growth_in_each_dtype_is_read_downwards(self, publish):
+        tasks = [
+            Task("attention", "convit_small", 8, side, dtype=dtype)
+            for dtype in (torch.float32, torch.bfloat16)
+            for side in (20, 14)
+        ]
+        swept = results(*(row(name, task=task) for task in tasks for name in ("eager", "cpu")))
+        text = publish.results_page(publish.Run("x", growth=swept))
+        found = re.findall(r"^\| attention, forward, (\w+) \| (\d+) \|", text, re.MULTILINE)
+        assert found == [("float32", "196"), ("float32", "400"), ("bfloat16", "196"), ("bfloat16", "400")]
 
     def test_what_was_left_out_is_said_once_for_each_reason(self, publish):
         left_out = [NotMeasured(group, "compile", "it takes long") for group in ("a", "b")]
+        left_out += [NotMeasured("c", name, "it tells little") for name in ("eager", "cpu")]
         text = publish.results_page(publish.Run("x", results(row(), not_measured=left_out), None, None))
         assert text.count("it takes long") == 1 and "- timm, torch.compile, 2 tasks: it takes long." in text
+        assert "- timm, eager, ours: cpu, 1 tasks: it tells little." in text
 
     def test_every_kernel_of_the_budget_is_listed(self, publish):
         budget = json.loads(publish.BUDGET.read_text())

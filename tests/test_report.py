@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 from invented_results import MACHINE, disturbed, disturbed_run, results, row, run, write
 from typer.testing import CliRunner
 
@@ -25,7 +26,8 @@ from convit_kernels.bench.results import NotMeasured, Row, load
 from convit_kernels.cli import app, demo
 
 ROOT = Path(__file__).parent.parent
-COMMITTED = [path for path in sorted(ROOT.glob("benchmarks/results/*.json")) if not path.stem.endswith("-models")]
+OTHERS = ("-models", "-units")  # files of another kind
+COMMITTED = [path for path in sorted(ROOT.glob("benchmarks/results/*.json")) if not path.stem.endswith(OTHERS)]
 
 
 class TestTimesFaster:
@@ -145,11 +147,21 @@ class TestRegressions:
         def kind(new: list[Row], old: list[Row]) -> str:
             found = {change.task: change for change in changes(new, old)}
             assert len(found) == 7
-            return found["attention, forward: all 6 tasks"].verdict
+            return found["attention, forward, float32: all 6 tasks"].verdict
 
         before = run(0.010, 100 + seed)
         assert kind(run(0.015, seed), before) == "slower"
         assert kind(run(0.010, seed), before) == "same"
+
+    def test_dtypes_are_judged_apart(self):
+        def run(seconds_in_bfloat16: float, seed: int) -> list[Row]:
+            seconds = {torch.float32: 0.010, torch.bfloat16: seconds_in_bfloat16}
+            tasks = [Task("attention", model, 8, dtype=dtype) for dtype in seconds for model in ARCHITECTURES]
+            return [row(seconds=seconds[task.dtype], noise=0.02, seed=seed, task=task) for task in tasks]
+
+        found = {change.task: change.verdict for change in changes(run(0.015, 1), run(0.010, 2))}
+        assert found["attention, forward, float32: all 6 tasks"] == "same"
+        assert found["attention, forward, bfloat16: all 6 tasks"] == "slower"
 
     def test_eager_disturbed_beside_one_row_changes_nothing(self):
         names = [f"implementation {index}" for index in range(8)]
@@ -270,6 +282,26 @@ class TestFigures:
         for place, name in enumerate(("cpu", "composite", "reference"), start=1):
             assert sorted(drawn[label(name)]) == sorted(speed_ups(rows)[one.key].times for one in rows[place::4])
         assert [text.get_text() for text in ax.texts].count(MARK) == 1
+
+    def test_each_dtype_has_panels_of_its_own(self):
+        tasks = [
+            Task("attention", "convit_small", 8, side, backward, dtype)
+            for side in (14, 20, 28)
+            for backward in (False, True)
+            for dtype in (torch.float32, torch.bfloat16)
+        ]
+        rows = [row("cpu", seconds=0.010 * task.dtype.itemsize, noise=0, task=task) for task in tasks]
+        panels = {ax.get_title(): [bar.get_height() for bar in ax.patches] for ax in figures.speed_up(rows, "").axes}
+        expected = {
+            "attention, forward, float32": [1.0],
+            "attention, forward + backward, float32": [1.0],
+            "attention, forward, bfloat16": [2.0],
+            "attention, forward + backward, bfloat16": [2.0],
+        }
+        assert list(panels) == list(expected)  # forward and training side by side
+        assert {title: pytest.approx(heights) for title, heights in panels.items()} == expected
+        titles = [ax.get_title() for ax in figures.growth(rows, [], "tokens").axes]
+        assert len(titles) == 8 and "attention, forward, bfloat16, ConViT-S, batch 8: time" in titles
 
     def test_fit_is_the_power_law(self):
         fit = figures.fit([1, 2, 4], [3, 12, 48])

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from .implementations import EAGER, MODES, PARTS
+from .implementations import EAGER
 from .measure import spread
 from .results import Row, by_group
 
@@ -181,8 +181,7 @@ def changes(new: Sequence[Row], old: Sequence[Row]) -> list[Change]:
         change, error = _change_of_row(row, before, now.get(row.key), then.get(row.key))
         noise = DEVIATIONS_OF_A_ROW * math.hypot(error, runs)
         judged.append(Change.judged(row.group, row.implementation, change, noise))
-        kind = f"{PARTS[row.part]}, {MODES[row.backward]}"
-        kinds.setdefault((kind, row.implementation), []).append(change)
+        kinds.setdefault((row.kind, row.implementation), []).append(change)
     for (kind, implementation), values in kinds.items():
         if len(values) >= FEWEST_OF_A_KIND:
             error = math.sqrt(math.pi / 2 / len(values)) * statistics.stdev(values)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .compare import MARK, speed_ups
-from .implementations import ARCHITECTURES, COMPILED, EAGER, MODES, PARTS, SDPA, label, place
+from .implementations import ARCHITECTURES, COMPILED, EAGER, PARTS, SDPA, label, place
 from .machine import describe
 from .results import NotMeasured, Results, Row
 from .style import PRINT, save, style, subplots
@@ -39,15 +39,12 @@ def marker(implementation: str) -> str:
 
 
 def speed_up(rows: Sequence[Row], caption: str) -> Figure | None:
-    """Times faster than eager timm, by model: a panel each for attention, layer and model, forward and training."""
+    """Times faster than eager timm, by model: a panel for each part, dtype and mode, forward beside training."""
     ratios = speed_ups(rows)
     wanted = [row for row in rows if row.key in ratios and row.tokens == 196 and row.implementation != EAGER]
-    panels = [
-        (part, backward)
-        for part in PARTS
-        for backward in (False, True)
-        if any(row.part == part and row.backward == backward for row in wanted)
-    ]
+    dtypes = list(dict.fromkeys(row.dtype for row in wanted))
+    by_place = sorted(wanted, key=lambda row: ([*PARTS].index(row.part), dtypes.index(row.dtype), row.backward))
+    panels = list(dict.fromkeys(row.kind for row in by_place))
     if not panels:
         return None
     with mpl.rc_context(style(PRINT)):
@@ -58,15 +55,11 @@ def speed_up(rows: Sequence[Row], caption: str) -> Figure | None:
             spare.set_axis_off()
         names = sorted({row.implementation for row in wanted}, key=place)
         models = [model for model in ARCHITECTURES if any(row.model == model for row in wanted)]
-        for ax, (part, backward) in zip(axes, panels, strict=False):
+        for ax, kind in zip(axes, panels, strict=False):
             width = 0.8 / len(names)
             for position, name in enumerate(names):
                 # a sweep measures one model at several batches: the first is the default set's
-                bar_of = {
-                    row.model: row
-                    for row in reversed(wanted)
-                    if (row.part, row.backward, row.implementation) == (part, backward, name)
-                }
+                bar_of = {row.model: row for row in reversed(wanted) if (row.kind, row.implementation) == (kind, name)}
                 xs = [models.index(model) + (position - (len(names) - 1) / 2) * width for model in bar_of]
                 shown = [ratios[row.key] for row in bar_of.values()]
                 if shown:  # an empty bar's entry in the legend would have no colour
@@ -74,7 +67,7 @@ def speed_up(rows: Sequence[Row], caption: str) -> Figure | None:
                     ax.bar_label(bars, [MARK if ratio.doubtful else "" for ratio in shown], fontsize=8)
             ax.axhline(1, color=colour(EAGER), linewidth=1.5)
             ax.set_xticks(range(len(models)), [ARCHITECTURES[model].title.removeprefix("ConViT-") for model in models])
-            ax.set_title(f"{PARTS[part]}, {MODES[backward]}")
+            ax.set_title(kind)
             ax.set_ylabel("times faster than eager")
             ax.grid(axis="x", visible=False)
         handles = {text: handle for ax in axes for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)}
@@ -108,9 +101,9 @@ def growth(rows: Sequence[Row], not_measured: Sequence[NotMeasured], axis: str) 
     Where an implementation ran out of memory its line ends in a cross. None unless some task has three sizes.
     """
     other = "batch" if axis == "tokens" else "tokens"
-    series: dict[tuple[str, bool, str, int], list[Row]] = {}
+    series: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
-        series.setdefault((row.part, row.backward, row.model, getattr(row, other)), []).append(row)
+        series.setdefault((row.kind, row.model, getattr(row, other)), []).append(row)
     series = {key: members for key, members in series.items() if len({getattr(row, axis) for row in members}) >= 3}
     if not series:
         return None
@@ -119,8 +112,8 @@ def growth(rows: Sequence[Row], not_measured: Sequence[NotMeasured], axis: str) 
     sizes = {row.group: getattr(row, axis) for row in rows}
     with mpl.rc_context(style(PRINT)):
         figure, axes = subplots(10.4, 3.1 * len(series) + 0.6, len(series), 2)
-        for line, ((part, backward, model, fixed), members) in enumerate(series.items()):
-            title = f"{PARTS[part]}, {ARCHITECTURES[model].title}, {MODES[backward]}, {other} {fixed}"
+        for line, ((kind, model, fixed), members) in enumerate(series.items()):
+            title = f"{kind}, {ARCHITECTURES[model].title}, {other} {fixed}"
             groups = {row.group for row in members}
             lost = [(name, sizes[group]) for group, name in sorted(ended) if group in groups]
             for ax, what in zip(axes[2 * line : 2 * line + 2], ("time", "memory"), strict=True):

@@ -1,5 +1,6 @@
 """The same piece of work done by timm, by PyTorch alone and by each backend: what is timed, profiled and compared."""
 
+import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -45,6 +46,21 @@ EAGER, COMPILED, SDPA = "eager", "compile", "sdpa"  # what is not ours
 LABELS = {EAGER: "timm, eager", COMPILED: "timm, torch.compile", SDPA: "SDPA, content only", "auto": "ours, automatic"}
 
 
+def architecture(model: str) -> Architecture:
+    """Of a ConViT by its name, or, for the attention alone, of so many heads of so many channels: "6x64".
+
+    Raises:
+        ValueError: it is neither; the text says what is allowed.
+    """
+    if model in ARCHITECTURES:
+        return ARCHITECTURES[model]
+    sizes = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", model)
+    if sizes is None:
+        raise ValueError(f"unknown model {model!r}: allowed are {list(ARCHITECTURES)} and HEADSxHEAD_DIM, as '6x64'")
+    heads, head_dim = map(int, sizes.groups())
+    return Architecture(f"{heads} heads of {head_dim}", heads * head_dim, heads)
+
+
 class CannotRunError(Exception):
     """An implementation cannot do a task here; the text says why."""
 
@@ -53,7 +69,7 @@ class Task(NamedTuple):
     """A piece of work: the attention without projections, a GPSA layer, or a whole model on square images."""
 
     part: str
-    model: str
+    model: str  # of `architecture`
     batch: int
     side: int = 14  # of the grid of patches
     backward: bool = False
@@ -67,7 +83,7 @@ class Task(NamedTuple):
     def __str__(self) -> str:
         mode = MODES[self.backward]
         grid = f"{self.side}x{self.side} patches"
-        title = ARCHITECTURES[self.model].title
+        title = architecture(self.model).title
         return f"{PARTS[self.part]}, {title}, {mode}, batch {self.batch}, {grid}, {str(self.dtype)[6:]}, {self.device}"
 
     def flops(self) -> float:
@@ -76,7 +92,7 @@ class Task(NamedTuple):
         Softmax and the O(N^1.5) of position are left out, and so is what a backward recomputes; it counts twice the
         forward.
         """
-        dim, n = ARCHITECTURES[self.model].dim, self.tokens
+        dim, n = architecture(self.model).dim, self.tokens
         attention, projections = 4 * n * n * dim, 8 * n * dim * dim
         forward: float
         if self.part == "attention":
@@ -93,7 +109,7 @@ class Task(NamedTuple):
 
     def bytes(self) -> float:
         """What must cross the memory bus at least: inputs, outputs, weights and their gradients, once a pass."""
-        dim = ARCHITECTURES[self.model].dim
+        dim = architecture(self.model).dim
         rows = self.batch * self.tokens * dim
         if self.part == "attention":  # q, k, v, out; then also out and its gradient in, three gradients out
             values = rows * (12 if self.backward else 4)
@@ -230,7 +246,7 @@ def _rounded(tensor: Tensor, task: Task, exact: bool) -> Tensor:
 
 
 def _attention(task: Task, name: str, backend: str | None, exact: bool) -> Implementation:
-    _, dim, heads = ARCHITECTURES[task.model]
+    _, dim, heads = architecture(task.model)
     layer = ReferenceGPSA(dim, heads)
     layer.local_init()
     perturb(layer)
@@ -251,7 +267,8 @@ def _attention(task: Task, name: str, backend: str | None, exact: bool) -> Imple
     scale = layer.scale
 
     if name in (EAGER, COMPILED):
-        rel_indices = _rounded(layer.get_rel_indices(task.tokens), task, exact)
+        # exact indices are not those rounded first: bfloat16 has no odd number above 256, and so no 313 = 12^2 + 13^2
+        rel_indices = layer.get_rel_indices(task.tokens).to(task.device, torch.float64 if exact else task.dtype)
         function = _compiled(eager_attention) if name == COMPILED else eager_attention
         return Implementation(lambda: function(q, k, v, pos_weight, gate, rel_indices, scale), leaves, d_out)
     if name == SDPA:
@@ -264,7 +281,7 @@ def _attention(task: Task, name: str, backend: str | None, exact: bool) -> Imple
 
 
 def _module(task: Task, name: str, backend: str | None, exact: bool) -> Implementation:
-    _, dim, heads = ARCHITECTURES[task.model]
+    _, dim, heads = architecture(task.model)
     module: Any
     if task.part == "layer":
         module = ReferenceGPSA(dim, heads)

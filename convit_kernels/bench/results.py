@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .implementations import MODES, PARTS
 from .measure import Spread, spread
 
 
@@ -43,6 +44,11 @@ class Row:
     def key(self) -> tuple[str, str]:
         """Group and implementation: which row of a run it is."""
         return self.group, self.implementation
+
+    @property
+    def kind(self) -> str:
+        """Part, mode and dtype: what the rows of a table or the bars of a panel have in common."""
+        return f"{PARTS[self.part]}, {MODES[self.backward]}, {self.dtype}"
 
     def to_json(self) -> dict[str, Any]:
         """All fields, after the figures that readers look for first; `ratio_to_eager` is set at a run's end."""
