@@ -53,7 +53,7 @@ if X86:
     UNITS["csrc/attention/avx2.cpp"] = AVX2
     UNITS["csrc/attention/avx512.cpp"] = AVX512
     UNITS["csrc/attention/avx512_bf16.cpp"] = [*AVX512, "-mavx512bf16"]
-    UNITS["csrc/attention/amx_bf16.cpp"] = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+    UNITS["csrc/attention/amx_bf16.cpp"] = [*AVX512, "-mavx512bf16"]  # AMX is in assembly, which needs no flag
     if os.environ.get("CONVIT_KERNELS_EMULATE") == "1":
         flags = [*AVX2, "-Wno-psabi", "-DCONVIT_EMULATED"]
         EMULATED = {f"csrc/attention/{name}.cpp": flags for name in ("avx512", "avx512_bf16", "amx_bf16")}

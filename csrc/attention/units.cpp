@@ -15,7 +15,8 @@
 namespace convit_kernels {
 namespace {
 
-#if defined(CONVIT_KERNELS_X86) && defined(__linux__)
+#ifdef CONVIT_KERNELS_X86
+#ifdef __linux__
 // Whether the processor has tiles of AMX with products of bfloat16, as they are used here, and this process may use
 // them. The tiles' shape is asked too: virtual machines have advertised AMX and let it have none.
 bool amx_bf16() {
@@ -37,7 +38,8 @@ bool amx_bf16() {
   return syscall(SYS_arch_prctl, get_permission, &permitted) == 0 && (permitted >> tile_data & 1) != 0;
 }
 #else
-bool amx_bf16() { return false; }
+bool amx_bf16() { return false; }  // other systems have no such permission to ask for
+#endif
 #endif
 
 }  // namespace
