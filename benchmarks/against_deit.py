@@ -24,12 +24,11 @@ from rich.progress import Progress
 from tasks import DTYPES, why_slow
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from turns import content, parser, positive, take_turns
+from turns import content, keep, parser, positive, take_turns
 
 from convit_kernels.bench import implementations
-from convit_kernels.bench.accuracy import WrongResultsError, closest, judge, require_right
+from convit_kernels.bench.accuracy import closest, judge, require_right
 from convit_kernels.bench.implementations import CLASSES, PATCH, Implementation, Task
-from convit_kernels.cli.output import write_json
 from convit_kernels.equivalence import expected
 
 SIZES = {
@@ -159,11 +158,7 @@ def main() -> None:
     options_of = parser(__doc__)
     options_of.add_argument("--rounds", type=positive(int), default=7, help="calls of each model (default: 7)")
     options = options_of.parse_args()
-    try:
-        results = measure(options.rounds, [options.dtype] if options.dtype else DTYPES)
-    except WrongResultsError as reason:
-        raise SystemExit(str(reason)) from None
-    write_json(options.out, results)
+    keep(options.out, lambda: measure(options.rounds, options.dtypes))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ from typing import Any
 
 from tasks import DTYPES
 
+from convit_kernels.bench.accuracy import WrongResultsError
 from convit_kernels.bench.implementations import Implementation, Task
 from convit_kernels.bench.machine import machine
 from convit_kernels.bench.measure import interleaved, seconds
-from convit_kernels.cli.output import check_writable
+from convit_kernels.cli.output import check_writable, write_json
 
 
 def take_turns(
@@ -40,8 +41,24 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     """The options of both; what cannot be is refused before any work."""
     found = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     found.add_argument("--out", type=_file_to_write, required=True, help="write the results here")
-    found.add_argument("--dtype", choices=(*DTYPES, "float16"), help=f"only this one; default: {' and '.join(DTYPES)}")
+    found.add_argument(
+        "--dtype",
+        dest="dtypes",
+        nargs=1,
+        default=DTYPES,
+        choices=(*DTYPES, "float16"),
+        help=f"only this one; default: {' and '.join(DTYPES)}",
+    )
     return found
+
+
+def keep(path: Path, measure: Callable[[], dict[str, Any]]) -> None:
+    """Writes what is measured; ends the command with the reason where an implementation is wrong."""
+    try:
+        results = measure()
+    except WrongResultsError as reason:
+        raise SystemExit(str(reason)) from None
+    write_json(path, results)
 
 
 def positive(kind: type[int] | type[float]) -> Callable[[str], Any]:

@@ -19,14 +19,13 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from tasks import CHECKED_TOKENS, DTYPES
-from turns import content, parser, positive, take_turns
+from turns import content, keep, parser, positive, take_turns
 
 from convit_kernels import extension
 from convit_kernels.attention import why_not
-from convit_kernels.bench.accuracy import WrongResultsError, judge, require_right
+from convit_kernels.bench.accuracy import judge, require_right
 from convit_kernels.bench.implementations import SDPA, Implementation, Task, build
 from convit_kernels.bench.measure import arithmetic_peak, rounds_within, spread
-from convit_kernels.cli.output import write_json
 
 SHAPES = (  # images, heads, side of the grid, head_dim
     (8, 4, 14, 48),
@@ -155,11 +154,7 @@ def main() -> None:
     options = options_of.parse_args()
     if reason := why_not("cpu"):
         options_of.error(f"there are no units to time: {reason}")
-    try:
-        results = measure(options.seconds, [options.dtype] if options.dtype else DTYPES)
-    except WrongResultsError as wrong:
-        raise SystemExit(str(wrong)) from None
-    write_json(options.out, results)
+    keep(options.out, lambda: measure(options.seconds, options.dtypes))
 
 
 if __name__ == "__main__":
