@@ -131,8 +131,7 @@ CONVIT_INLINE void softmax_sums(
   store_lanes(content_sums, content_sum);
 }
 
-// Some queries' rows of the mixed map and of the gradient of the scores, one key after another, from e and the map's
-// gradient.
+// One key's row of the mixed map and of the gradient of the scores, for some vectors of queries.
 template <int kVectors, typename T>
 struct GradientRow {
   Lanes<T, kVectors> map, gradient;

@@ -59,15 +59,8 @@ CONVIT_INLINE Vector<uint32_t> narrow_to_bfloat16(Vector<float> value) {
   return (((bits + 0x7fff + (bits >> 16 & 1)) >> 16) & ~is_nan) | (is_nan & 0x7fc0);
 }
 
-// Rounded to bfloat16: half a vector, adjacent lanes as pairs.
+// As many numbers of 16 bits as a vector has of 32.
 typedef uint16_t HalfVector __attribute__((vector_size(kVectorBytes / 2)));
-CONVIT_INLINE HalfVector narrow_lanes(Vector<float> value) {
-#ifdef __AVX512BF16__
-  return reinterpret_cast<HalfVector>(_mm512_cvtneps_pbh(value));
-#else
-  return __builtin_convertvector(narrow_to_bfloat16(value), HalfVector);
-#endif
-}
 
 // Two vectors rounded to bfloat16: as they are, and as pairs of the lanes in the same place, the even one in the lower
 // half.

@@ -101,7 +101,7 @@ CONVIT_INLINE void narrow_row(const float* from, float factor, int64_t count, Ha
 CONVIT_INLINE void narrow_row(const float* from, float factor, int64_t count, BFloat16* to) {
   int64_t channel = 0;
   for (; channel + kLanes<float> <= count; channel += kLanes<float>) {
-    const HalfVector narrow = narrow_lanes(load(from + channel) * factor);
+    const auto narrow = _mm512_cvtneps_pbh(load(from + channel) * factor);
     __builtin_memcpy(to + channel, &narrow, sizeof(narrow));
   }
   narrow_row<float, BFloat16>(from + channel, factor, count - channel, to + channel);

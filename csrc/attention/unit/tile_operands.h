@@ -167,11 +167,6 @@ inline bool tiles_work() {
   alignas(64) uint32_t left[kTileSide * kTileSide], right[kTileSide * kTileSide];
   alignas(64) float sums[kTileSide * kTileSide];
   const uint32_t numbers[] = {0x3f80bf80, 0x40003f80, 0xbf804000, 0x40803f80, 0x3f800000};  // pairs of small integers
-  const auto number = [](uint32_t bits) {
-    float value;
-    __builtin_memcpy(&value, &bits, sizeof(value));
-    return value;
-  };
   for (int at = 0; at < kTileSide * kTileSide; ++at) {
     left[at] = numbers[at % 5];
     right[at] = numbers[at * 3 % 5];
@@ -184,7 +179,7 @@ inline bool tiles_work() {
     float expected = 0;
     for (int pair = 0; pair < kTileSide; ++pair) {
       const uint32_t a = left[at / kTileSide * kTileSide + pair], b = right[pair * kTileSide + at % kTileSide];
-      expected += number(a << 16) * number(b << 16) + number(a & 0xffff0000) * number(b & 0xffff0000);
+      expected += float_of(a << 16) * float_of(b << 16) + float_of(a & 0xffff0000) * float_of(b & 0xffff0000);
     }
     if (sums[at] != expected) {
       return false;

@@ -4,7 +4,7 @@
 // read memory, so that stores to it may be moved behind them.
 #pragma once
 
-#include "simd.h"
+#include "formats.h"
 
 namespace convit_kernels {
 namespace {
@@ -92,10 +92,7 @@ void store_tile(float* to, int64_t stride) {
 
 // The number of these bits; one that is subnormal counts as zero.
 inline float tile_number(uint32_t bits) {
-  bits &= (bits & 0x7f800000) == 0 ? 0x80000000 : 0xffffffff;
-  float number;
-  __builtin_memcpy(&number, &bits, sizeof(number));
-  return number;
+  return float_of(bits & ((bits & 0x7f800000) == 0 ? 0x80000000 : 0xffffffff));
 }
 
 // As Intel's manual describes TDPBF16PS: the products of the even and of the odd numbers are added up apart, from zero,
