@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tools import situations
+
 ROOT = Path(__file__).parents[1]
 specification = importlib.util.spec_from_file_location("docs_tool", ROOT / "tools" / "docs.py")
 docs = importlib.util.module_from_spec(specification)
@@ -58,3 +60,8 @@ def test_the_readme_s_first_lines_run():
     exec(block[1], names)
     assert names["tokens"].shape == (8, 196, 432)
     assert names["out"].shape == (8, 9, 196, 48)
+
+
+def test_the_table_of_situations_is_that_of_the_tests():
+    page = situations.PAGE.read_text()
+    assert situations.with_table(page) == page, "run python -m tools.situations"
