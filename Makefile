@@ -31,7 +31,7 @@ test-tools: $(VENV)/built $(TOOLS_VENV)/ready
 
 PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 $(TOOLS_VENV)/ready: $(VENV)/ready pyproject.toml constraints.txt
-	$(PYTHON) -m venv --clear --without-pip $(TOOLS_VENV)
+	$(BIN)/python -m venv --clear --without-pip $(TOOLS_VENV)
 	$(BIN)/python $(PURELIB) > "$$($(TOOLS_VENV)/bin/python $(PURELIB))/main.pth"
 	CONVIT_KERNELS_CPU=0 CONVIT_KERNELS_CUDA=0 \
 		$(call install,$(TOOLS_VENV)) --no-build-isolation --editable '.[test-tools]'
