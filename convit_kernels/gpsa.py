@@ -313,11 +313,11 @@ class _SeparateQueryKey(GPSA):
         return self._by_head(project(self.q, x)), self._by_head(project(self.k, x))
 
     @property
-    def current_grid_size(self) -> tuple[int, int] | None:
+    def current_grid_size(self) -> tuple[int, ...] | None:
         return self.grid_size
 
     @current_grid_size.setter
-    def current_grid_size(self, grid_size: tuple[int, int] | None) -> None:
+    def current_grid_size(self, grid_size: tuple[int, ...] | None) -> None:
         self.grid_size = grid_size
 
 

@@ -120,6 +120,15 @@ def _dense_fake(pos_weight: Tensor, height: int, width: int, dtype: torch.dtype)
     return pos_weight.new_empty(pos_weight.shape[0], tokens, columns, dtype=dtype)
 
 
+def why_not_attend(inputs: Inputs) -> str:
+    """Why `attend` cannot compute from these inputs, on any device; "" when it can."""
+    if inputs.spacing is not None:
+        return (
+            "the kernels know positions on a line, or on a plane of one spacing, not on three axes or of two spacings"
+        )
+    return why_not(*inputs[:5])
+
+
 def attend(inputs: Inputs, philox: Tensor | None = None) -> Tensor:
     """Calls `gated_attention`, with the parameters in the dtype that it takes, and returns its output alone.
 
@@ -131,7 +140,7 @@ def attend(inputs: Inputs, philox: Tensor | None = None) -> Tensor:
         (B, H, N, D) in q's dtype, a view of a contiguous (B, N, H, D) tensor. What the backward reads is saved only
         where something needs a gradient.
     """
-    q, k, v, pos_weight, gate, grid, scale, dropout_p = inputs
+    q, k, v, pos_weight, gate, grid, scale, dropout_p, _, _ = inputs
     dtype = torch.promote_types(q.dtype, torch.float32)
     # a tensor under torch.func.vmap does not tell whether the one that it stands for needs a gradient
     need_grad = torch.is_grad_enabled() and (transformed() or any(tensor.requires_grad for tensor in inputs[:5]))

@@ -17,7 +17,7 @@ LAYERS = [
     ("gpsa",),
     ("attention", "foreign", "linear"),
     ("backends.*",),
-    ("relpos",),
+    ("relpos", "key_mask"),
     ("ops",),
     ("inputs", "eager_tables", "extension", "triton.attention"),
     ("extras", "grid", "_ops", "triton.forward", "triton.backward"),

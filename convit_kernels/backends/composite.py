@@ -8,6 +8,7 @@ one of the two maps has become zero in v's dtype.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,28 +16,25 @@ from torch import Tensor
 
 from .. import ops
 from ..inputs import Inputs
-from ..relpos import relative_position_tables
+from ..relpos import axis_tables, relative_position_tables
 
 
-def _positional_values(v: Tensor, row_table: Tensor, col_table: Tensor) -> Tensor:
-    """The positional attention applied to v, first along x, then along y.
+def _positional_values(v: Tensor, tables: Sequence[Tensor]) -> Tensor:
+    """The positional attention applied to v, along one side of the grid after the other, the last one first.
 
     Args:
         v: (B, H, N, D), tokens in row-major order of the grid.
-        row_table, col_table: (H, height, height) and (H, width, width) in v's dtype.
+        tables: for each side of the grid (H, side, side) in v's dtype.
 
     Returns:
         (B, H, N, D).
     """
-    batch, heads, tokens, head_dim = v.shape
-    height, width = row_table.shape[-1], col_table.shape[-1]
-    # The axis that a table mixes comes first of three, and the other two are one: a single product an image and head.
-    of_grid = v.reshape(batch, heads, height, width, head_dim)  # (B, H, height, width, D)
-    by_column = of_grid.transpose(2, 3).flatten(3)  # (B, H, width, height * D)
-    mixed = col_table @ by_column  # (H, width, width) @ (B, H, width, height * D)
-    mixed = mixed.reshape(batch, heads, width, height, head_dim)  # (B, H, width, height, D)
-    by_row = mixed.transpose(2, 3).flatten(3)  # (B, H, height, width * D)
-    return (row_table @ by_row).reshape(batch, heads, tokens, head_dim)
+    mixed = v.reshape(*v.shape[:2], *(table.shape[-1] for table in tables), v.shape[3])  # (B, H, height, width, D)
+    for table in reversed(tables):
+        # The axis that a table mixes comes first of three, and the others are one: a single product an image and head.
+        mixed = mixed.movedim(-2, 2)  # (B, H, width, height, D), then (B, H, height, width, D) again
+        mixed = (table @ mixed.flatten(3)).reshape(mixed.shape)
+    return mixed.reshape(v.shape)
 
 
 def _rows(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -84,11 +82,13 @@ def attention(inputs: Inputs) -> Tensor:
     Returns:
         (B, H, N, D) in v's dtype, a view of a contiguous (B, N, H, D) tensor where PyTorch's attention gives one.
     """
-    q, k, v, pos_weight, gate, grid, scale, _ = inputs
-    row_table, col_table = relative_position_tables(pos_weight.to(torch.promote_types(pos_weight.dtype, v.dtype)), grid)
-    g = torch.sigmoid(gate.to(row_table.dtype))[:, None, None]  # (H, 1, 1)
+    q, k, v, pos_weight, gate, grid, scale, _, spacing, _ = inputs
+    pos_weight = pos_weight.to(torch.promote_types(torch.promote_types(pos_weight.dtype, v.dtype), torch.float32))
+    first, *others = axis_tables(pos_weight, grid, spacing) if spacing else relative_position_tables(pos_weight, grid)
+    g = torch.sigmoid(gate.to(first.dtype))[:, None, None]  # (H, 1, 1)
     content = _content(q, k, v, scale)  # (B, H, N, D)
-    position = _positional_values(v, (g * row_table).to(v.dtype), col_table.to(v.dtype))  # (B, H, N, D), times g
+    tables = [table.to(v.dtype) for table in (g * first, *others)]
+    position = _positional_values(v, tables)  # (B, H, N, D), times g
     content = content * ((1 - g).to(v.dtype) * _rows(q, k, scale))  # (H, 1, 1) * (B, H, N, 1)
     # The content has the memory layout that the output projection reads, and the sum keeps it. In place, except where
     # the position may be more than the content is: have a dimension of vmap's, or be of a subclass.

@@ -25,7 +25,7 @@ def why_not(inputs: Inputs | None) -> str:
         return f"the tensors are on {inputs.q.device}, not on the CPU"
     if inputs.dropout_p > 0:
         return "the kernels have no dropout"
-    return ops.why_not(*inputs[:5])
+    return ops.why_not_attend(inputs)
 
 
 @cache
@@ -63,8 +63,7 @@ def why_slower(inputs: Inputs) -> str:
     key_bytes, why = limit(inputs.q.dtype)
     if not why:
         return ""
-    _, _, tokens, head_dim = inputs.q.shape
-    return why if tokens * head_dim * inputs.q.element_size() >= key_bytes else ""
+    return why if inputs.q.shape[2] * inputs.head_dim * inputs.q.element_size() >= key_bytes else ""
 
 
 def attention(inputs: Inputs) -> Tensor:
