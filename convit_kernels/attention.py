@@ -110,17 +110,15 @@ def gpsa_attention(
         backend: a name from `backends()`; None chooses the fastest that can run.
 
     Returns:
-        (B, H, N, D) in q's dtype. Every backend has the first derivative backwards, "reference" has all of them.
-        backend=None finds one for forward-mode differentiation and torch.func by itself; for a second backward pass
-        outside of torch.func name "reference".
+        (B, H, N, D) in q's dtype. Every backend has derivatives backwards of any order, those after the first in plain
+        PyTorch; backend=None finds one for forward-mode differentiation and torch.func by itself.
 
     Raises:
         TypeError: something is no dense floating-point tensor or no number, or q, k and v differ in dtype.
         ValueError: shapes, devices, grid, scale, dropout_p or the backend's name do not fit; the text says what does.
         RuntimeError: the backend asked for cannot run on this machine, or cannot do what is asked, dropout for example;
             the text says why, and what backend=None would take.
-        NotImplementedError: in a second backward pass through "triton" or "cpu". PyTorch's fused attention, and so
-            "composite", has a RuntimeError of its own for it.
+        NotImplementedError: in a second backward pass through "triton" with dropout.
     """
     inputs = checked(q, k, v, pos_weight, gate, grid_size, scale, dropout_p, spacing, key_mask)
     entry = _choose(backend, inputs)

@@ -14,6 +14,7 @@ from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
 from . import (
+    eager_attention,
     eager_tables,
     extension,  # noqa: F401  (loading it registers the native kernels)
 )
@@ -179,12 +180,9 @@ for _name, _fake in (
     torch.library.register_fake(add_op_namespace_prefix(_name), _fake, lib=_library)
 
 
-def _tables_gradient(grad_row: Tensor, grad_col: Tensor, row_table: Tensor, col_table: Tensor) -> Tensor:
-    """The gradient of pos_weight, (H, 3), from the tables (H, height, height) and (H, width, width) and theirs."""
-    # a second derivative needs a formula that autograd can follow
-    tensors = grad_row, grad_col, row_table, col_table
-    twice = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    plain = twice or why_not(*tensors)
+def _tables_gradient(*tensors: Tensor) -> Tensor:
+    """The gradient of pos_weight, (H, 3), from the tables (H, height, height) and (H, width, width), after theirs."""
+    plain = why_not(*tensors)
     function = eager_tables.relative_position_tables_backward if plain else relative_position_tables_backward
     return function(*tensors)
 
@@ -243,10 +241,90 @@ torch.library.register_autograd(
 )
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("the fused kernels have no second derivative: take backend='reference'")
+def _save_tables_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
 
 
-# without it autograd would warn and go on as if the gradients were constants
-for _name in ("gated_attention_backward", "relative_position_tables_backward"):
-    torch.library.register_autograd(add_op_namespace_prefix(_name), _no_second_derivative, lib=_library)
+def _tables_second(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    formula = eager_tables.relative_position_tables_backward
+    return eager_attention.differentiable_gradients(formula, ctx.saved_tensors, grad)
+
+
+torch.library.register_autograd(
+    add_op_namespace_prefix("relative_position_tables_backward"),
+    _tables_second,
+    setup_context=_save_tables_backward,
+    lib=_library,
+)
+
+
+def _save_attention_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    d_out, q, k, v, _, _, pos_weight, gate, ctx.height, ctx.width, ctx.scale, ctx.dropout_p, _ = inputs
+    ctx.save_for_backward(d_out, q, k, v, pos_weight, gate)
+
+
+def _attention_second(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.dropout_p > 0:
+        raise NotImplementedError("dropout in the fused kernels has no second derivative: take backend='reference'")
+
+    def first(d_out: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, pos_weight, gate = inputs
+        out = eager_attention.gated_attention(q, k, v, pos_weight, gate, ctx.height, ctx.width, ctx.scale)
+        return torch.autograd.grad(out, inputs, d_out, create_graph=True)
+
+    found = eager_attention.differentiable_gradients(first, ctx.saved_tensors, grads)
+    return *found[:4], None, None, *found[4:], *(None,) * 5
+
+
+torch.library.register_autograd(
+    add_op_namespace_prefix("gated_attention_backward"),
+    _attention_second,
+    setup_context=_save_attention_backward,
+    lib=_library,
+)
+
+
+def _samples_as_heads(op: Callable[..., Any], heads_in: tuple[int, ...], heads_out: tuple[int, ...]) -> Any:
+    """torch.func.vmap's rule for an op: one call, in which each sample has heads of its own.
+
+    Args:
+        heads_in, heads_out: which dimension is that of the heads, of each of the first arguments and of each result.
+    """
+
+    def fold(value: Tensor, dim: int | None, heads: int, samples: int) -> Tensor:
+        if value.dim() - (dim is not None) <= heads:  # empty, in place of something that is not needed
+            return value
+        each = value.expand(samples, *value.shape) if dim is None else value.movedim(dim, 0)
+        return each.movedim(0, heads).flatten(heads, heads + 1)
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        first = len(heads_in)
+        philox = next((at for at in range(first, len(args)) if isinstance(args[at], Tensor)), None)
+        if philox is not None:
+            if in_dims[philox] is None:
+                raise NotImplementedError(
+                    'the fused kernels draw each sample its own dropout: give vmap randomness="different"'
+                )
+            args = (*args[:philox], args[philox].select(in_dims[philox], 0), *args[philox + 1 :])
+        samples = info.batch_size
+        folded = [fold(*each, samples) for each in zip(args, in_dims, heads_in, strict=False)]
+        results = op(*folded, *args[first:])
+        several = isinstance(results, tuple)
+        found, dims = [], []
+        for result, heads in zip(results if several else (results,), heads_out, strict=True):
+            absent = result.dim() <= heads
+            found.append(result if absent else result.unflatten(heads, (samples, -1)))
+            dims.append(None if absent else heads)
+        return (tuple(found), tuple(dims)) if several else (found[0], dims[0])
+
+    return rule
+
+
+for _op, _heads_in, _heads_out in (
+    (relative_position_tables, (0,), (0, 0)),
+    (relative_position_tables_backward, (0, 0, 0, 0), (0,)),
+    (dense_position_table, (0,), (0,)),
+    (gated_attention, (1, 1, 1, 0, 0), (1, 1, 1)),
+    (gated_attention_backward, (1, 1, 1, 1, 1, 1, 0, 0), (1, 1, 1, 0, 0)),
+):
+    torch.library.register_vmap(_op, _samples_as_heads(_op, _heads_in, _heads_out), lib=_library)

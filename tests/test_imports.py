@@ -19,8 +19,8 @@ LAYERS = [
     ("backends.*",),
     ("relpos", "key_mask"),
     ("ops",),
-    ("inputs", "eager_tables", "extension", "triton.attention"),
-    ("extras", "grid", "_ops", "triton.forward", "triton.backward"),
+    ("inputs", "eager_attention", "extension", "triton.attention"),
+    ("eager_tables", "extras", "grid", "_ops", "triton.forward", "triton.backward"),
     ("schemas", "triton.common", "triton.configs"),
     ("triton.config_table",),
 ]

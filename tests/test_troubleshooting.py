@@ -20,7 +20,6 @@ FOREIGN = {
     "No module named 'timm'",
     "Unknown type annotation",
     "Graphs differed across invocations",
-    "derivative for aten::_scaled_dot_product…",
     "performance drop",
 }
 

@@ -8,33 +8,16 @@ one of the two maps has become zero in v's dtype.
 """
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..eager_attention import content_values, differentiable_gradients, positional_values
 from ..inputs import Inputs
 from ..relpos import axis_tables, relative_position_tables
-
-
-def _positional_values(v: Tensor, tables: Sequence[Tensor]) -> Tensor:
-    """The positional attention applied to v, along one side of the grid after the other, the last one first.
-
-    Args:
-        v: (B, H, N, D), tokens in row-major order of the grid.
-        tables: for each side of the grid (H, side, side) in v's dtype.
-
-    Returns:
-        (B, H, N, D).
-    """
-    mixed = v.reshape(*v.shape[:2], *(table.shape[-1] for table in tables), v.shape[3])  # (B, H, height, width, D)
-    for table in reversed(tables):
-        # The axis that a table mixes comes first of three, and the others are one: a single product an image and head.
-        mixed = mixed.movedim(-2, 2)  # (B, H, width, height, D), then (B, H, height, width, D) again
-        mixed = (table @ mixed.flatten(3)).reshape(mixed.shape)
-    return mixed.reshape(v.shape)
 
 
 def _rows(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -58,13 +41,39 @@ def _rows(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return 1 + 0 * (scores.clamp(min=0) + finite_keys)
 
 
+class _DerivableAgain(torch.autograd.Function):
+    """The result of PyTorch's fused attention, as it is. It has no second derivative, unlike this.
+
+    A backward pass that is to be differentiated in turn goes through the plain softmax, not through the fused one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, content: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.scale = scale
+        return content.view_as(content)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return grad, None, None, None, None
+        plain = differentiable_gradients(lambda q, k, v: content_values(q, k, v, ctx.scale), ctx.saved_tensors, grad)
+        return None, *plain, None
+
+
 def _content(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """q, k, v (B, H, N, D) -> (B, H, N, D) in v's dtype: the content attention applied to v."""
-    if ops.why_not(q, k, v):  # PyTorch's fused attention has no forward-mode and no second derivative either
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        q, k, values = (tensor.to(dtype) for tensor in (q, k, v))
-        return (((q @ k.mT) * scale).softmax(dim=-1) @ values).to(v.dtype)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    if ops.why_not(q, k, v):  # PyTorch's fused attention has no forward-mode derivative either
+        return content_values(q, k, v, scale)
+    content = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    if (
+        content.requires_grad
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        and not ops.transformed()
+    ):
+        content = _DerivableAgain.apply(content, q, k, v, scale)
+    return content
 
 
 def why_not(inputs: Inputs | None) -> str:
@@ -88,7 +97,7 @@ def attention(inputs: Inputs) -> Tensor:
     g = torch.sigmoid(gate.to(first.dtype))[:, None, None]  # (H, 1, 1)
     content = _content(q, k, v, scale)  # (B, H, N, D)
     tables = [table.to(v.dtype) for table in (g * first, *others)]
-    position = _positional_values(v, tables)  # (B, H, N, D), times g
+    position = positional_values(v, tables)  # (B, H, N, D), times g
     content = content * ((1 - g).to(v.dtype) * _rows(q, k, scale))  # (H, 1, 1) * (B, H, N, 1)
     # The content has the memory layout that the output projection reads, and the sum keeps it. In place, except where
     # the position may be more than the content is: have a dimension of vmap's, or be of a subclass.
