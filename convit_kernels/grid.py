@@ -8,6 +8,7 @@ import torch
 GridSize = int | Sequence[int] | None
 
 _MAX_AXES = 3
+_INTS = (int, torch.SymInt)
 
 
 def parse_grid(grid_size: int | Sequence[int]) -> tuple[int, ...]:
@@ -17,18 +18,18 @@ def parse_grid(grid_size: int | Sequence[int]) -> tuple[int, ...]:
         TypeError: grid_size is neither an int nor one to three ints.
         ValueError: a side is smaller than 1.
     """
-    sides = (grid_size, grid_size) if isinstance(grid_size, (int, torch.SymInt)) else grid_size
+    sides = (grid_size, grid_size) if isinstance(grid_size, _INTS) else grid_size
     if (
         isinstance(grid_size, (bool, str))
         or not isinstance(sides, Sequence)
         or not 1 <= len(sides) <= _MAX_AXES
-        or not all(isinstance(side, (int, torch.SymInt)) and not isinstance(side, bool) for side in sides)
+        or not all(isinstance(side, _INTS) and not isinstance(side, bool) for side in sides)
     ):
         raise TypeError(
             "grid_size must be an int for a square, (tokens,), (height, width) or (depth, height, width), "
             f"but is {grid_size!r}"
         )
-    if any(side < 1 for side in sides):
+    if min(sides) < 1:
         raise ValueError(f"grid_size must have sides of at least 1, but is {grid_size!r}")
     return tuple(sides)
 
@@ -53,7 +54,13 @@ def resolve_grid(grid_size: GridSize, num_tokens: int) -> tuple[int, ...]:
         TypeError: grid_size is neither None, an int nor one to three ints.
         ValueError: the grid does not have num_tokens tokens, or none was given and num_tokens is no square.
     """
-    if grid_size is None:
+    sides = None if grid_size is None else parse_grid(grid_size)
+    return fitted_grid(sides, num_tokens)
+
+
+def fitted_grid(sides: tuple[int, ...] | None, num_tokens: int) -> tuple[int, ...]:
+    """The same from sides that `parse_grid` gave."""
+    if sides is None:
         side = math.isqrt(num_tokens)
         if side * side != num_tokens or side == 0:
             raise ValueError(
@@ -61,7 +68,6 @@ def resolve_grid(grid_size: GridSize, num_tokens: int) -> tuple[int, ...]:
                 f"pass grid_size=(height, width) with height * width == {num_tokens}"
             )
         return side, side
-    sides = parse_grid(grid_size)
     if math.prod(sides) != num_tokens:
         raise ValueError(f"grid_size {sides} has {math.prod(sides)} tokens, but the input has {num_tokens}")
     return sides

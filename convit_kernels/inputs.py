@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .grid import GridSize, parse_grid, resolve_grid
+from .grid import GridSize, fitted_grid, parse_grid
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -110,6 +110,8 @@ def _on_a_plane(
 ) -> tuple[Tensor, tuple[int, ...], tuple[float, ...] | None]:
     """The same positions with unit spacing on a plane, where there are such, else as they are."""
     axes = len(grid)
+    if axes == 2 and type(spacing) is float and spacing == 1:
+        return pos_weight, grid, None
     given = (spacing,) * axes if not isinstance(spacing, Sequence) or isinstance(spacing, str) else tuple(spacing)
     if len(given) != axes:
         raise ValueError(f"spacing must be one number, or one for each of the grid's {axes} sides, but is {spacing}")
@@ -162,7 +164,7 @@ def checked(
     dropout_p = _number("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), but is {dropout_p}")
-    pos_weight, grid, steps = _on_a_plane(pos_weight, resolve_grid(sides, q.shape[2]), spacing)
+    pos_weight, grid, steps = _on_a_plane(pos_weight, fitted_grid(sides, q.shape[2]), spacing)
     q, number = _with_scale(q, scale)
     mask = None if key_mask is None else _checked_mask(key_mask, q)
     return Inputs(q, k, v, pos_weight, gate, grid, number, dropout_p, steps, mask)

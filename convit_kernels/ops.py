@@ -41,7 +41,8 @@ def why_not(*tensors: Tensor) -> str:
         or any(one.key() in _DERIVING for one in torch._C._functorch.get_interpreter_stack())
     ):
         return "the fused kernels have no derivatives for torch.func.grad, jvp and their like"
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+    within_level = forward_ad._current_level >= 0  # asked first: it is quick, and mostly false
+    if within_level and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         return "the fused kernels have no forward-mode derivative, and an input carries a tangent"
     return ""
 
