@@ -3,17 +3,18 @@
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import foreign
-from .attention import check_backend, gpsa_attention
+from .attention import NO_SCRIPT, check_backend, gpsa_attention
 from .backends import reference
 from .grid import GridSize, parse_grid, resolve_grid
 from .linear import project, why_not_plain
+from .ops import exporting
 
 # torch.fx keeps it as one call: its checks read shapes, which a symbolic trace does not have
 torch.fx.wrap("gpsa_attention")
@@ -244,7 +245,7 @@ class GPSA(nn.Module):
     def _position_weight(self) -> Tensor:
         layer: Any = self.pos_proj
         weight, bias = layer.weight, layer.bias
-        if bias is not None and torch.is_grad_enabled():
+        if bias is not None and (torch.is_grad_enabled() or exporting()):  # a program may get gradients later
             # A constant cancels in the softmax. It is added times zero so that the bias gets the zero gradient it has
             # in the reference, not None, which DistributedDataParallel would report as an unused parameter.
             weight = weight + 0 * bias[:, None]
@@ -258,7 +259,7 @@ class GPSA(nn.Module):
         """(H,) gating parameters, before the sigmoid."""
         return self.gating_param
 
-    def forward(self, x: Tensor, *, grid_size: GridSize = None) -> Tensor:
+    def forward(self, x: Tensor, grid_size: GridSize = None) -> Tensor:
         """(B, N, dim) -> (B, N, dim). A grid_size given here is that of this call, before the layer's own."""
         attended, _ = self._attend(x, self.grid_size if grid_size is None else grid_size)
         return self.proj_drop(project(self.proj, attended))  # type: ignore[no-any-return]
@@ -316,6 +317,10 @@ class GPSA(nn.Module):
         distance = (attention * torch.hypot(dx, dy)).sum(dim=(1, 2)) / x.shape[1]
         return (distance, attention) if return_map else distance
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script calls first."""
+        raise RuntimeError(NO_SCRIPT)
+
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, grid_size={self.grid_size}, backend={self.backend}"
 
@@ -330,11 +335,11 @@ class _SeparateQueryKey(GPSA):
         return self._by_head(project(self.q, x)), self._by_head(project(self.k, x))
 
     @property
-    def current_grid_size(self) -> tuple[int, int] | None:
+    def current_grid_size(self) -> tuple[int, ...] | None:
         return self.grid_size
 
     @current_grid_size.setter
-    def current_grid_size(self, grid_size: tuple[int, int] | None) -> None:
+    def current_grid_size(self, grid_size: tuple[int, ...] | None) -> None:
         self.grid_size = grid_size
 
 

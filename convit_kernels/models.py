@@ -52,7 +52,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 def _grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
     """Rows and columns of patches of an image; raises ValueError where it does not divide into them."""
-    if min(height, width) < patch_size or height % patch_size or width % patch_size:
+    if height < patch_size or width < patch_size or height % patch_size or width % patch_size:
         raise ValueError(
             f"an image of {height} x {width} pixels does not divide into patches of {patch_size} x {patch_size}: "
             f"height and width must be multiples of {patch_size}"
@@ -92,6 +92,8 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
+
+    __prepare_scriptable__ = GPSA.__prepare_scriptable__
 
     def forward(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """(B, T, dim) -> (B, T, dim).
@@ -266,7 +268,12 @@ class ConViT(nn.Module):
             raise ValueError(
                 f"images must have shape (batch, {self.in_chans}, height, width), but have {tuple(images.shape)}"
             )
-        grid = _grid(images.shape[2], images.shape[3], self.patch_size)
+        height, width = images.shape[2:]
+        if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+            # the trace is for this size: another ends with an error, also where it makes as many patches
+            height, width = int(height), int(width)
+            images = images.expand(-1, -1, height, width)
+        grid = _grid(height, width, self.patch_size)
         x = self.patch_embed(images)
         if self.pos_embed is not None:
             made_for = list(self.patch_embed.grid_size)
@@ -341,6 +348,8 @@ class ConViT(nn.Module):
             ValueError: images of another shape, or that do not divide into patches.
         """
         return self.forward_head(self.forward_features(images))
+
+    __prepare_scriptable__ = GPSA.__prepare_scriptable__
 
     # What timm's training, fine-tuning and feature extraction ask of a model.
 

@@ -17,10 +17,10 @@ LAYERS = [
     ("gpsa",),
     ("attention", "foreign", "linear"),
     ("backends.*",),
-    ("relpos",),
+    ("relpos", "key_mask"),
     ("ops",),
-    ("inputs", "eager_tables", "extension", "triton.attention"),
-    ("extras", "grid", "_ops", "triton.forward", "triton.backward"),
+    ("inputs", "eager_attention", "extension", "triton.attention"),
+    ("eager_tables", "extras", "grid", "_ops", "triton.forward", "triton.backward"),
     ("schemas", "triton.common", "triton.configs"),
     ("triton.config_table",),
 ]

@@ -18,9 +18,6 @@ for folder in ("convit_kernels/backends", "convit_kernels/bench", "convit_kernel
 FOREIGN = {
     "LocalEntryNotFoundError",
     "No module named 'timm'",
-    "Unknown type annotation",
-    "Graphs differed across invocations",
-    "derivative for aten::_scaled_dot_product…",
     "performance drop",
 }
 
