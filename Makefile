@@ -27,7 +27,7 @@ test: $(VENV)/built
 # tools may want other versions than it has.
 TOOLS_VENV ?= .venv-tools
 test-tools: $(VENV)/built $(TOOLS_VENV)/ready
-	$(TOOLS_VENV)/bin/python -m pytest tests/tools $(ARGS)
+	$(TOOLS_VENV)/bin/python -m pytest tests/tools tests/test_export.py::TestOnnx $(ARGS)
 
 PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 $(TOOLS_VENV)/ready: $(VENV)/ready pyproject.toml constraints.txt

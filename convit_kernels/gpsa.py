@@ -52,6 +52,16 @@ def _is_distributed(tensor: Tensor | None) -> bool:
     return type(tensor) is not nn.Parameter and hasattr(tensor, "placements")
 
 
+def _check_whole(name: str, layer: nn.Module, out: Tensor) -> None:
+    """Raises RuntimeError where a layer for queries and keys was sharded by rows, and so not by heads."""
+    weight = layer._parameters.get("weight")
+    if weight is not None and _is_distributed(weight) and out.shape[-1] != weight.shape[0]:
+        raise RuntimeError(
+            f"{name} gave {out.shape[-1]} of its {weight.shape[0]} channels, which are all queries and then all keys: "
+            "not those of the same heads; shard the layer by convit_kernels.parallel.ShardHeads"
+        )
+
+
 class GPSA(nn.Module):
     """Gated positional self-attention (d'Ascoli et al., 2021, arXiv 2103.10697), a drop-in for the reference layer.
 
@@ -193,12 +203,7 @@ class GPSA(nn.Module):
         """(B, N, dim) -> two (B, H, N, head_dim) views of the projection's output."""
         batch, tokens, heads = x.shape[0], x.shape[1], self.num_heads
         both = project(self.qk, x)
-        weight = self._child("qk")._parameters.get("weight")
-        if _is_distributed(weight) and both.shape[-1] != weight.shape[0]:
-            raise RuntimeError(
-                f"qk gave {both.shape[-1]} of its {weight.shape[0]} channels, all queries first and then all keys: a "
-                "rank has not the two of the same heads; shard the layer by convit_kernels.parallel.ShardHeads"
-            )
+        _check_whole("qk", self._child("qk"), both)
         # unbind's gradient is one copy; that of two indices would be two tensors of zeros, two copies and a sum
         q, k = both.reshape(batch, tokens, 2, heads, self.dim // heads).unbind(2)
         return q.transpose(1, 2), k.transpose(1, 2)
