@@ -207,7 +207,7 @@ def trial_copy(module: nn.Module) -> nn.Module:
     new: Any = object.__new__(type(module))
     nn.Module.__init__(new)
     for name, value in vars(module).items():
-        if name not in vars(new):
+        if name not in vars(new) and not _is_own(module, name):
             vars(new)[name] = _on_cpu(value) if isinstance(value, Tensor) else copy.deepcopy(value)
     for name, parameter in module._parameters.items():
         value = None if parameter is None else uniform(*parameter.shape, least=0.5, most=2)  # also where it is a scale
