@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 SERVER = """
-import json, os, sys
+import gc, json, os, sys
 import torch
+gc.freeze()
 for line in sys.stdin:
     program, folder, path, environment, out, err = json.loads(line)
     if child := os.fork():
@@ -24,7 +25,8 @@ for line in sys.stdin:
     sys.path[1:1] = path
     os.chdir(folder)
     exec(program, {"__name__": "__main__"})
-    sys.exit()
+    sys.stdout.flush()
+    os._exit(0)  # to end in order would copy all memory that is shared with this process
 """
 
 

@@ -40,7 +40,9 @@ def run_benchmarks(*arguments: str, plugin: Path | None = None) -> subprocess.Co
     """The suite in a process of its own, where a plugin may have changed a kernel."""
     extra = ["-p", plugin.stem, "-o", f"pythonpath={plugin.parent}"] if plugin else []
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", *QUICK, *extra, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    # where several processes take these tests, that suite would take itself for one of them, and time nothing
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
