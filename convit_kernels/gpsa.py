@@ -39,7 +39,17 @@ def _settable(module: nn.Module, name: str, owner: str) -> nn.Parameter:
             f"{owner}, a {type(module).__name__}, has no parameter {name} to set: it is computed, by pruning, a "
             "parametrization or a wrapper; set initial values before that"
         )
+    if _is_distributed(parameter):
+        raise RuntimeError(
+            f"{name} of {owner} is shared by several processes, a {type(parameter).__name__}: set initial values "
+            "before that, or load a state_dict"
+        )
     return parameter
+
+
+def _is_distributed(tensor: Tensor | None) -> bool:
+    """Whether it is a DTensor, whose class takes a second to import."""
+    return type(tensor) is not nn.Parameter and hasattr(tensor, "placements")
 
 
 class GPSA(nn.Module):
@@ -182,8 +192,15 @@ class GPSA(nn.Module):
     def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N, dim) -> two (B, H, N, head_dim) views of the projection's output."""
         batch, tokens, heads = x.shape[0], x.shape[1], self.num_heads
+        both = project(self.qk, x)
+        weight = self._child("qk")._parameters.get("weight")
+        if _is_distributed(weight) and both.shape[-1] != weight.shape[0]:
+            raise RuntimeError(
+                f"qk gave {both.shape[-1]} of its {weight.shape[0]} channels, all queries first and then all keys: a "
+                "rank has not the two of the same heads; shard the layer by convit_kernels.parallel.ShardHeads"
+            )
         # unbind's gradient is one copy; that of two indices would be two tensors of zeros, two copies and a sum
-        q, k = project(self.qk, x).reshape(batch, tokens, 2, heads, self.dim // heads).unbind(2)
+        q, k = both.reshape(batch, tokens, 2, heads, self.dim // heads).unbind(2)
         return q.transpose(1, 2), k.transpose(1, 2)
 
     def value(self, x: Tensor) -> Tensor:

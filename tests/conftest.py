@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 # Triton's interpreter is chosen for a whole process: those tests have one of their own.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+# Those tools are in an environment of their own. `make test-tools` fails where it collects nothing of the folder.
+if not all(find_spec(name) for name in ("accelerate", "onnxruntime", "opacus", "peft", "torchao")):
+    collect_ignore.append("tools")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
