@@ -14,7 +14,7 @@ PACKAGE = ROOT / "convit_kernels"
 # The core, from the top down. What is in no layer (the command line, benchmarks, tuning, equivalence) stands above it.
 LAYERS = [
     ("models", "locality", "parallel", "replace"),
-    ("gpsa",),
+    ("gpsa", "patches"),
     ("attention", "foreign", "linear"),
     ("backends.*",),
     ("relpos", "key_mask"),
