@@ -74,11 +74,11 @@ class ShardHeads(ParallelStyle):
 class _HeadsOfARank(GPSA):
     """A layer whose dim and num_heads are those of one rank, and whose parameters are DTensors between calls."""
 
-    def forward(self, x: Tensor, grid_size: GridSize = None) -> Tensor:
+    def forward(self, x: Tensor, grid_size: GridSize = None, key_mask: Tensor | None = None) -> Tensor:
         with _local(self) as mesh:
             # whole and the same everywhere; its gradient is a sum over what each rank's heads made of it
             whole = DTensor.from_local(x, mesh, [Replicate()]).to_local(grad_placements=[Partial()])
-            return super().forward(whole, grid_size=grid_size)
+            return super().forward(whole, grid_size, key_mask)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, on each rank"
