@@ -68,6 +68,16 @@ def _is_distributed(tensor: Tensor | None) -> bool:
     return type(tensor) is not nn.Parameter and hasattr(tensor, "placements")
 
 
+def _check_whole(name: str, layer: nn.Module, out: Tensor) -> None:
+    """Raises RuntimeError where a layer for queries and keys was sharded by rows, and so not by heads."""
+    weight = dict(layer._parameters).get("weight")  # of a ScriptModule these are no dictionary
+    if weight is not None and _is_distributed(weight) and out.shape[-1] != weight.shape[0]:
+        raise RuntimeError(
+            f"{name} gave {out.shape[-1]} of its {weight.shape[0]} channels, which are all queries and then all keys: "
+            "not those of the same heads; shard the layer by convit_kernels.parallel.ShardHeads"
+        )
+
+
 class GPSA(nn.Module):
     """Gated positional self-attention (d'Ascoli et al., 2021, arXiv 2103.10697), a drop-in for the reference layer.
 
@@ -233,13 +243,7 @@ class GPSA(nn.Module):
             if len(name) == 1:
                 found.append(out.reshape(x.shape[0], x.shape[1], heads, head_dim))
             else:
-                weight = vars(self._child(name)).get("_parameters", {}).get("weight")
-                if _is_distributed(weight) and out.shape[-1] != weight.shape[0]:
-                    raise RuntimeError(
-                        f"{name} gave {out.shape[-1]} of its {weight.shape[0]} channels, all queries first, then all "
-                        "keys: a rank has not the two of the same heads; shard the layer by "
-                        "convit_kernels.parallel.ShardHeads"
-                    )
+                _check_whole(name, self._child(name), out)
                 # unbind's gradient is one copy; that of indices would be tensors of zeros, copies and sums
                 parts = out.reshape(x.shape[0], x.shape[1], len(name), heads, head_dim).unbind(2)
                 found += [parts[index] for index in range(len(name))]  # torch.fx cannot count them
