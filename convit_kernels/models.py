@@ -31,6 +31,7 @@ except ModuleNotFoundError as error:
 
 from .attention import check_backend
 from .gpsa import GPSA
+from .resample import resample_position
 
 Pool = Literal["", "token", "avg"]
 Stem = Literal["patch", "conv"]
@@ -80,6 +81,13 @@ def _conv_stem(in_chans: int, embed_dim: int, patch_size: int) -> nn.Sequential:
     widths = [in_chans, *(embed_dim // 2 ** (steps - 1 - step) for step in range(steps))]
     layers = [ConvNormAct(*pair, kernel_size=3, stride=2) for pair in pairwise(widths)]
     return nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, kernel_size=1))
+
+
+class _Patches(PatchEmbed):
+    """timm's without its checks, which `_grid` makes: their texts bind torch.compile to one size of the image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x).flatten(2).transpose(1, 2))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -206,7 +214,7 @@ class ConViT(nn.Module):
         self.global_pool = self._checked_pool(global_pool)
         self.grad_checkpointing = False
 
-        self.patch_embed = PatchEmbed((height, width), patch_size, in_chans, embed_dim, strict_img_size=False)
+        self.patch_embed = _Patches((height, width), patch_size, in_chans, embed_dim, strict_img_size=False)
         if stem == "conv":
             self.patch_embed.register_module("proj", _conv_stem(in_chans, embed_dim, patch_size))
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if self.num_prefix_tokens else None
@@ -270,14 +278,13 @@ class ConViT(nn.Module):
             )
         height, width = images.shape[2:]
         if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
-            # the trace is for this size: another ends with an error, also where it makes as many patches
+            # A trace is for this size. Expanding to it is an error for another, also for one of as many patches.
             height, width = int(height), int(width)
             images = images.expand(-1, -1, height, width)
         grid = _grid(height, width, self.patch_size)
         x = self.patch_embed(images)
         if self.pos_embed is not None:
-            made_for = list(self.patch_embed.grid_size)
-            x = x + resample_abs_pos_embed(self.pos_embed, list(grid), made_for, num_prefix_tokens=0)
+            x = x + resample_position(self.pos_embed, self.patch_embed.grid_size, grid)
         return self.pos_drop(x), grid
 
     def _block(self, index: int, x: Tensor, grid: tuple[int, int]) -> Tensor:
