@@ -20,6 +20,7 @@ FOREIGN = {
     "No module named 'timm'",
     "derivative for aten::_scaled_dot_product…",
     "performance drop",
+    "must match the existing size",
 }
 
 
