@@ -6,9 +6,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from timm.layers import ConvNormAct, resample_abs_pos_embed
+from timm.layers import ConvNormAct
 from timm.layers import PatchEmbed as TimmPatchEmbed
 from torch import Tensor, nn
+
+from .resample import resample_position
 
 Grid = tuple[int, int]
 
@@ -148,5 +150,4 @@ def position_on_grid(pos_embed: Tensor, made_for: Grid, grid: Grid) -> Tensor:
         raise ValueError(
             f"pos_embed has {positions} positions, neither a square nor the {grid[0]} x {grid[1]} patches of the images"
         )
-    resampled: Tensor = resample_abs_pos_embed(pos_embed, list(grid), list(made_for), num_prefix_tokens=0)
-    return resampled
+    return resample_position(pos_embed, made_for, grid)
