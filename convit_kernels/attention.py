@@ -1,6 +1,6 @@
 """`gpsa_attention`: checks what it is given, chooses a backend, calls it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -8,6 +8,12 @@ from torch import Tensor
 from .backends import composite, cpu, reference, triton
 from .grid import GridSize
 from .inputs import Inputs, checked
+from .key_mask import divided, folded
+
+NO_SCRIPT = (
+    "torch.jit.script cannot compile the code of convit_kernels: take torch.compile, or torch.export or "
+    "torch.jit.trace for a program that runs without it"
+)
 
 
 class Backend(NamedTuple):
@@ -21,15 +27,16 @@ class Backend(NamedTuple):
 class _Entry(NamedTuple):
     attention: Callable[[Inputs], Tensor]
     why_not: Callable[[Inputs | None], str]  # "" when it can run: on those inputs, or on this machine at all for None
-    why_slower: Callable[[Inputs], str] = lambda inputs: ""  # "" but where the next is expected to be faster
+    why_later: Callable[[Inputs], str] = lambda inputs: ""  # "" but where backend=None should rather take the next
+    masks_keys: bool = False  # whether it takes inputs with a key mask as they are
 
 
-# fastest first: backend=None takes the first that can run and is not expected to be slower than the next
+# fastest first: backend=None takes the first that can run and does not itself come later
 _BACKENDS: dict[str, _Entry] = {
-    "triton": _Entry(triton.attention, triton.why_not),
-    "cpu": _Entry(cpu.attention, cpu.why_not, cpu.why_slower),
+    "triton": _Entry(triton.attention, triton.why_not, triton.why_later),
+    "cpu": _Entry(cpu.attention, cpu.why_not, cpu.why_later),
     "composite": _Entry(composite.attention, composite.why_not),
-    "reference": _Entry(reference.attention, reference.why_not),
+    "reference": _Entry(reference.attention, reference.why_not, masks_keys=True),
 }
 
 
@@ -56,7 +63,7 @@ def check_backend(name: str | None) -> None:
 
 def fastest(inputs: Inputs) -> str:
     """The name of the backend that backend=None takes."""
-    return next(name for name, entry in _BACKENDS.items() if not entry.why_not(inputs) and not entry.why_slower(inputs))
+    return next(name for name, entry in _BACKENDS.items() if not entry.why_not(inputs) and not entry.why_later(inputs))
 
 
 def _choose(name: str | None, inputs: Inputs) -> _Entry:
@@ -78,37 +85,51 @@ def gpsa_attention(
     gate: Tensor,
     *,
     grid_size: GridSize = None,
+    spacing: float | Sequence[float] = 1.0,
+    key_mask: Tensor | None = None,
     scale: float | Tensor | None = None,
     dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    """Gated positional self-attention (arXiv 2103.10697, equation 7) of tokens on a two-dimensional grid.
+    """Gated positional self-attention (arXiv 2103.10697, equation 7) of tokens on a grid.
 
     out = A v,  A = (1 - g) * softmax(scale * q k^T) + g * softmax_j(w . (dx, dy, dx^2 + dy^2)),  g = sigmoid(gate)
 
+    On a line the features are (dx, dx^2), in space (dx, dy, dz, dx^2 + dy^2 + dz^2).
+
     Args:
         q, k, v: (B, H, N, D) in float16, bfloat16, float32 or float64, any strides; N tokens in row-major order.
-        pos_weight: (H, 3), the reference layer's `pos_proj.weight`.
+        pos_weight: (H, 3), the reference layer's `pos_proj.weight`; (H, 2) on a line and (H, 4) in space.
         gate: (H,), the raw gating parameter, before the sigmoid.
-        grid_size: (height, width) with height * width == N, one int for a square grid, or None: square.
+        grid_size: (height, width) with height * width == N, one int for a square grid, or None: square; (N,) is a line
+            and (depth, height, width) in space.
+        spacing: the distance between neighbours, in the unit that pos_weight is for: one number, or one for each side
+            of the grid. Three axes, and two of different spacing, only "composite" and "reference" have.
+        key_mask: (B, N), or (N,) for all images, bool or floating-point: A is multiplied by it, key by key, and each of
+            its rows then divided by its sum, which makes NaN of a row without a key. Exact, and no map is built.
         scale: of the content logits; default D ** -0.5. A tensor of a shape that broadcasts to (B, H, N, 1), one factor
             or one a head for example, is rounded to q's dtype and gets its gradient.
         dropout_p: probability that an entry of the mixed map A is dropped, in [0, 1). The other entries grow by
-            1 / (1 - dropout_p). Only "reference" and "triton" have it, each with a mask of its own.
+            1 / (1 - dropout_p). Only "reference" and "triton" have it, each with a mask of its own, and with a
+            key_mask only "reference".
         backend: a name from `backends()`; None chooses the fastest that can run.
 
     Returns:
-        (B, H, N, D) in q's dtype. Every backend has the first derivative backwards, "reference" has all of them.
-        backend=None finds one for forward-mode differentiation and torch.func by itself; for a second backward pass
-        outside of torch.func name "reference".
+        (B, H, N, D) in q's dtype. Every backend has derivatives backwards of any order, those after the first in plain
+        PyTorch; backend=None finds one for forward-mode differentiation and torch.func by itself.
 
     Raises:
         TypeError: something is no dense floating-point tensor or no number, or q, k and v differ in dtype.
         ValueError: shapes, devices, grid, scale, dropout_p or the backend's name do not fit; the text says what does.
         RuntimeError: the backend asked for cannot run on this machine, or cannot do what is asked, dropout for example;
             the text says why, and what backend=None would take.
-        NotImplementedError: in a second backward pass through "triton" or "cpu". PyTorch's fused attention, and so
-            "composite", has a RuntimeError of its own for it.
+        NotImplementedError: in a second backward pass through "triton" with dropout.
     """
-    inputs = checked(q, k, v, pos_weight, gate, grid_size, scale, dropout_p)
-    return _choose(backend, inputs).attention(inputs)
+    inputs = checked(q, k, v, pos_weight, gate, grid_size, scale, dropout_p, spacing, key_mask)
+    entry = _choose(backend, inputs)
+    if key_mask is None or entry.masks_keys:
+        return entry.attention(inputs)
+    return divided(entry.attention(folded(inputs)))
+
+
+gpsa_attention.__script_unsupported = NO_SCRIPT  # type: ignore[attr-defined]  # which torch.jit.script raises

@@ -11,7 +11,7 @@ from torch import Tensor
 COLUMN_MULTIPLE = 16  # rows of the dense table are padded to whole tiles of the matrix units
 
 
-def _axis_table(linear: Tensor, quadratic: Tensor, length: int) -> Tensor:
+def axis_table(linear: Tensor, quadratic: Tensor, length: int) -> Tensor:
     """(H,), (H,) -> (H, length, length): softmax over keys of linear * offset + quadratic * offset^2."""
     position = torch.arange(length, dtype=linear.dtype, device=linear.device)
     offset = position[None, :] - position[:, None]  # (query, key): key minus query
@@ -21,11 +21,11 @@ def _axis_table(linear: Tensor, quadratic: Tensor, length: int) -> Tensor:
 def relative_position_tables(pos_weight: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """pos_weight (H, 3) -> row_table (H, height, height), col_table (H, width, width); every row sums to 1."""
     along_x, along_y, squared = pos_weight.unbind(dim=1)
-    return _axis_table(along_y, squared, height), _axis_table(along_x, squared, width)
+    return axis_table(along_y, squared, height), axis_table(along_x, squared, width)
 
 
 def _axis_gradient(grad: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """(H, length, length) twice -> the gradients of `_axis_table`'s linear and quadratic, (H,) each in float64."""
+    """(H, length, length) twice -> the gradients of `axis_table`'s linear and quadratic, (H,) each in float64."""
     # in float64: thousands of terms of mixed sign are added up
     table, grad = table.double(), grad.double()
     d_logit = table * (grad - (table * grad).sum(dim=-1, keepdim=True))

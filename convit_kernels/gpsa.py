@@ -3,17 +3,18 @@
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import foreign
-from .attention import check_backend, gpsa_attention
+from .attention import NO_SCRIPT, check_backend, gpsa_attention
 from .backends import reference
 from .grid import GridSize, parse_grid, resolve_grid
 from .linear import project, why_not_plain
+from .ops import exporting
 
 # torch.fx keeps it as one call: its checks read shapes, which a symbolic trace does not have
 torch.fx.wrap("gpsa_attention")
@@ -38,7 +39,17 @@ def _settable(module: nn.Module, name: str, owner: str) -> nn.Parameter:
             f"{owner}, a {type(module).__name__}, has no parameter {name} to set: it is computed, by pruning, a "
             "parametrization or a wrapper; set initial values before that"
         )
+    if _is_distributed(parameter):
+        raise RuntimeError(
+            f"{name} of {owner} is shared by several processes, a {type(parameter).__name__}: set initial values "
+            "before that, or load a state_dict"
+        )
     return parameter
+
+
+def _is_distributed(tensor: Tensor | None) -> bool:
+    """Whether it is a DTensor, whose class takes a second to import."""
+    return type(tensor) is not nn.Parameter and hasattr(tensor, "placements")
 
 
 class GPSA(nn.Module):
@@ -181,8 +192,15 @@ class GPSA(nn.Module):
     def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N, dim) -> two (B, H, N, head_dim) views of the projection's output."""
         batch, tokens, heads = x.shape[0], x.shape[1], self.num_heads
+        both = project(self.qk, x)
+        weight = self._child("qk")._parameters.get("weight")
+        if _is_distributed(weight) and both.shape[-1] != weight.shape[0]:
+            raise RuntimeError(
+                f"qk gave {both.shape[-1]} of its {weight.shape[0]} channels, all queries first and then all keys: a "
+                "rank has not the two of the same heads; shard the layer by convit_kernels.parallel.ShardHeads"
+            )
         # unbind's gradient is one copy; that of two indices would be two tensors of zeros, two copies and a sum
-        q, k = project(self.qk, x).reshape(batch, tokens, 2, heads, self.dim // heads).unbind(2)
+        q, k = both.reshape(batch, tokens, 2, heads, self.dim // heads).unbind(2)
         return q.transpose(1, 2), k.transpose(1, 2)
 
     def value(self, x: Tensor) -> Tensor:
@@ -227,7 +245,7 @@ class GPSA(nn.Module):
     def _position_weight(self) -> Tensor:
         layer: Any = self.pos_proj
         weight, bias = layer.weight, layer.bias
-        if bias is not None and torch.is_grad_enabled():
+        if bias is not None and (torch.is_grad_enabled() or exporting()):  # a program may get gradients later
             # A constant cancels in the softmax. It is added times zero so that the bias gets the zero gradient it has
             # in the reference, not None, which DistributedDataParallel would report as an unused parameter.
             weight = weight + 0 * bias[:, None]
@@ -241,7 +259,7 @@ class GPSA(nn.Module):
         """(H,) gating parameters, before the sigmoid."""
         return self.gating_param
 
-    def forward(self, x: Tensor, *, grid_size: GridSize = None) -> Tensor:
+    def forward(self, x: Tensor, grid_size: GridSize = None) -> Tensor:
         """(B, N, dim) -> (B, N, dim). A grid_size given here is that of this call, before the layer's own."""
         attended, _ = self._attend(x, self.grid_size if grid_size is None else grid_size)
         return self.proj_drop(project(self.proj, attended))  # type: ignore[no-any-return]
@@ -299,6 +317,10 @@ class GPSA(nn.Module):
         distance = (attention * torch.hypot(dx, dy)).sum(dim=(1, 2)) / x.shape[1]
         return (distance, attention) if return_map else distance
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script calls first."""
+        raise RuntimeError(NO_SCRIPT)
+
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, grid_size={self.grid_size}, backend={self.backend}"
 
@@ -313,11 +335,11 @@ class _SeparateQueryKey(GPSA):
         return self._by_head(project(self.q, x)), self._by_head(project(self.k, x))
 
     @property
-    def current_grid_size(self) -> tuple[int, int] | None:
+    def current_grid_size(self) -> tuple[int, ...] | None:
         return self.grid_size
 
     @current_grid_size.setter
-    def current_grid_size(self, grid_size: tuple[int, int] | None) -> None:
+    def current_grid_size(self, grid_size: tuple[int, ...] | None) -> None:
         self.grid_size = grid_size
 
 

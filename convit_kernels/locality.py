@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .gpsa import GPSA, is_foreign
-from .grid import GridSize, parse_grid, resolve_grid
+from .grid import GridSize, parse_plane, resolve_grid
 from .linear import why_not_plain
 from .relpos import relative_position_tables
 
@@ -196,7 +196,7 @@ def _visit(
     visit: Callable[[str, nn.Module, Tensor, tuple[int, int]], None],
 ) -> None:
     """Runs the model and hands every attention layer's input to `visit`, with its name and the grid."""
-    image_grid = _image_grid(model, images) if grid_size is None else parse_grid(grid_size)
+    image_grid = _image_grid(model, images) if grid_size is None else parse_plane(grid_size)
 
     def hook(name: str, layer: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if why := _why_unreadable(layer):  # asked here, where sharded parameters are whole
@@ -235,7 +235,7 @@ def _image_grid(model: nn.Module, images: Tensor) -> tuple[int, int] | None:
     patch = getattr(embed, "patch_size", None)
     if patch is None or images.dim() != 4:
         return None
-    height, width = parse_grid(patch)
+    height, width = parse_plane(patch)
     return images.shape[2] // height, images.shape[3] // width
 
 
@@ -243,9 +243,9 @@ def _token_grid(grid: tuple[int, int] | None, tokens: int, patches_only: bool) -
     """The grid of a layer's last tokens; before them there may be others, unless it sees patches only."""
     if grid is None:
         has_class_token = not patches_only and math.isqrt(tokens) ** 2 != tokens
-        return resolve_grid(None, tokens - has_class_token)
-    if patches_only or math.prod(grid) > tokens:
-        return resolve_grid(grid, tokens)
+        grid = parse_plane(resolve_grid(None, tokens - has_class_token))
+    elif patches_only or math.prod(grid) > tokens:
+        resolve_grid(grid, tokens)  # raises where they are not these tokens
     return grid
 
 

@@ -37,7 +37,7 @@ except ModuleNotFoundError as error:
 
 from .attention import check_backend
 from .gpsa import GPSA
-from .grid import GridSize, parse_grid
+from .grid import GridSize, parse_grid, parse_plane
 from .patches import ConvStem, Grid, PatchEmbed, check_divides, position_on_grid, tokens_on_grid
 
 # torch.fx keeps them as one call each: they read shapes, which a symbolic trace does not have
@@ -71,7 +71,7 @@ def _on_grid(module: nn.Module, x: Tensor, grid_size: GridSize) -> Tensor:
         return module(x, grid_size=grid_size)  # type: ignore[no-any-return]
     for part in module.modules():
         if isinstance(part, GPSA) and grid_size is not None:
-            rows, columns = parse_grid(grid_size)
+            rows, columns = parse_plane(grid_size)
             if (rows, columns) != (parse_grid(part.grid_size) if part.grid_size else (rows, rows)):
                 return module(x, grid_size=grid_size)  # type: ignore[no-any-return]
     return module(x)  # type: ignore[no-any-return]
@@ -95,6 +95,8 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
+
+    __prepare_scriptable__ = GPSA.__prepare_scriptable__
 
     def forward(self, x: Tensor, grid_size: GridSize = None) -> Tensor:
         """(B, T, dim) -> (B, T, dim).
@@ -299,11 +301,16 @@ class ConViT(nn.Module):
                 has been replaced by a module that does not say on which grid its tokens are, or `pos_embed` by one
                 that fits no grid.
         """
+        if torch.jit.is_tracing() and images.dim() == 4:  # type: ignore[attr-defined,no-untyped-call]
+            # the trace is for this size: another ends with an error, also where it makes as many patches
+            images = images.expand(-1, -1, *map(int, images.shape[2:]))
         patches = self.patch_embed
         x = patches(images, any_grid=True) if isinstance(patches, PatchEmbed) else patches(images)
         claimed = patches.dynamic_feat_size(images.shape[2:]) if hasattr(patches, "dynamic_feat_size") else None
         found = tokens_on_grid(x, images.shape, claimed)
         x, grid = found[0], found[1]
+        if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+            grid = int(grid[0]), int(grid[1])
         if self.use_pos_embed and self.pos_embed is not None:
             x = x + position_on_grid(self.pos_embed, self.grid_size, grid)
         return self.pos_drop(x), grid
@@ -381,6 +388,8 @@ class ConViT(nn.Module):
             ValueError: as `embed`; or the head sees a class token that joined before none of the blocks left.
         """
         return self.forward_head(self.forward_features(images))
+
+    __prepare_scriptable__ = GPSA.__prepare_scriptable__
 
     # What timm's training, fine-tuning and feature extraction ask of a model.
 

@@ -14,6 +14,7 @@ from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
 from . import (
+    eager_attention,
     eager_tables,
     extension,  # noqa: F401  (loading it registers the native kernels)
 )
@@ -29,6 +30,19 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # for torch.compile 2.10 and 2.11 alike
+def exporting() -> bool:
+    """Whether PyTorch is writing down a program, which must run where this package is not."""
+    return (
+        torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    )
+
+
+def why_later() -> str:
+    """Why backend=None goes on to plain PyTorch although the ops could compute; "" where it need not."""
+    return "an exported program holds PyTorch's operators alone, to run without this package" if exporting() else ""
+
+
 def why_not(*tensors: Tensor) -> str:
     """Why the ops cannot compute with these tensors as they are being differentiated; "" when they can.
 
@@ -40,7 +54,8 @@ def why_not(*tensors: Tensor) -> str:
         or any(one.key() in _DERIVING for one in torch._C._functorch.get_interpreter_stack())
     ):
         return "the fused kernels have no derivatives for torch.func.grad, jvp and their like"
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+    within_level = forward_ad._current_level >= 0  # asked first: it is quick, and mostly false
+    if within_level and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         return "the fused kernels have no forward-mode derivative, and an input carries a tangent"
     return ""
 
@@ -120,6 +135,15 @@ def _dense_fake(pos_weight: Tensor, height: int, width: int, dtype: torch.dtype)
     return pos_weight.new_empty(pos_weight.shape[0], tokens, columns, dtype=dtype)
 
 
+def why_not_attend(inputs: Inputs) -> str:
+    """Why `attend` cannot compute from these inputs, on any device; "" when it can."""
+    if inputs.spacing is not None:
+        return (
+            "the kernels know positions on a line, or on a plane of one spacing, not on three axes or of two spacings"
+        )
+    return why_not(*inputs[:5])
+
+
 def attend(inputs: Inputs, philox: Tensor | None = None) -> Tensor:
     """Calls `gated_attention`, with the parameters in the dtype that it takes, and returns its output alone.
 
@@ -130,8 +154,16 @@ def attend(inputs: Inputs, philox: Tensor | None = None) -> Tensor:
     Returns:
         (B, H, N, D) in q's dtype, a view of a contiguous (B, N, H, D) tensor. What the backward reads is saved only
         where something needs a gradient.
+
+    Raises:
+        RuntimeError: torch.jit.trace is at work and gradients are enabled.
     """
-    q, k, v, pos_weight, gate, grid, scale, dropout_p = inputs
+    if torch.jit.is_tracing() and torch.is_grad_enabled():  # type: ignore[attr-defined,no-untyped-call]
+        raise RuntimeError(
+            "torch.jit.trace cannot write down the derivatives of the fused kernels: trace under torch.no_grad(), or "
+            "leave the backend out"
+        )
+    q, k, v, pos_weight, gate, grid, scale, dropout_p, _, _ = inputs
     dtype = torch.promote_types(q.dtype, torch.float32)
     # a tensor under torch.func.vmap does not tell whether the one that it stands for needs a gradient
     need_grad = torch.is_grad_enabled() and (transformed() or any(tensor.requires_grad for tensor in inputs[:5]))
@@ -170,12 +202,9 @@ for _name, _fake in (
     torch.library.register_fake(add_op_namespace_prefix(_name), _fake, lib=_library)
 
 
-def _tables_gradient(grad_row: Tensor, grad_col: Tensor, row_table: Tensor, col_table: Tensor) -> Tensor:
-    """The gradient of pos_weight, (H, 3), from the tables (H, height, height) and (H, width, width) and theirs."""
-    # a second derivative needs a formula that autograd can follow
-    tensors = grad_row, grad_col, row_table, col_table
-    twice = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    plain = twice or why_not(*tensors)
+def _tables_gradient(*tensors: Tensor) -> Tensor:
+    """The gradient of pos_weight, (H, 3), from the tables (H, height, height) and (H, width, width), after theirs."""
+    plain = why_not(*tensors)
     function = eager_tables.relative_position_tables_backward if plain else relative_position_tables_backward
     return function(*tensors)
 
@@ -234,10 +263,90 @@ torch.library.register_autograd(
 )
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("the fused kernels have no second derivative: take backend='reference'")
+def _save_tables_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
 
 
-# without it autograd would warn and go on as if the gradients were constants
-for _name in ("gated_attention_backward", "relative_position_tables_backward"):
-    torch.library.register_autograd(add_op_namespace_prefix(_name), _no_second_derivative, lib=_library)
+def _tables_second(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    formula = eager_tables.relative_position_tables_backward
+    return eager_attention.differentiable_gradients(formula, ctx.saved_tensors, grad)
+
+
+torch.library.register_autograd(
+    add_op_namespace_prefix("relative_position_tables_backward"),
+    _tables_second,
+    setup_context=_save_tables_backward,
+    lib=_library,
+)
+
+
+def _save_attention_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    d_out, q, k, v, _, _, pos_weight, gate, ctx.height, ctx.width, ctx.scale, ctx.dropout_p, _ = inputs
+    ctx.save_for_backward(d_out, q, k, v, pos_weight, gate)
+
+
+def _attention_second(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.dropout_p > 0:
+        raise NotImplementedError("dropout in the fused kernels has no second derivative: take backend='reference'")
+
+    def first(d_out: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, pos_weight, gate = inputs
+        out = eager_attention.gated_attention(q, k, v, pos_weight, gate, ctx.height, ctx.width, ctx.scale)
+        return torch.autograd.grad(out, inputs, d_out, create_graph=True)
+
+    found = eager_attention.differentiable_gradients(first, ctx.saved_tensors, grads)
+    return *found[:4], None, None, *found[4:], *(None,) * 5
+
+
+torch.library.register_autograd(
+    add_op_namespace_prefix("gated_attention_backward"),
+    _attention_second,
+    setup_context=_save_attention_backward,
+    lib=_library,
+)
+
+
+def _samples_as_heads(op: Callable[..., Any], heads_in: tuple[int, ...], heads_out: tuple[int, ...]) -> Any:
+    """torch.func.vmap's rule for an op: one call, in which each sample has heads of its own.
+
+    Args:
+        heads_in, heads_out: which dimension is that of the heads, of each of the first arguments and of each result.
+    """
+
+    def fold(value: Tensor, dim: int | None, heads: int, samples: int) -> Tensor:
+        if value.dim() - (dim is not None) <= heads:  # empty, in place of something that is not needed
+            return value
+        each = value.expand(samples, *value.shape) if dim is None else value.movedim(dim, 0)
+        return each.movedim(0, heads).flatten(heads, heads + 1)
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        first = len(heads_in)
+        philox = next((at for at in range(first, len(args)) if isinstance(args[at], Tensor)), None)
+        if philox is not None:
+            if in_dims[philox] is None:
+                raise NotImplementedError(
+                    'the fused kernels draw each sample its own dropout: give vmap randomness="different"'
+                )
+            args = (*args[:philox], args[philox].select(in_dims[philox], 0), *args[philox + 1 :])
+        samples = info.batch_size
+        folded = [fold(*each, samples) for each in zip(args, in_dims, heads_in, strict=False)]
+        results = op(*folded, *args[first:])
+        several = isinstance(results, tuple)
+        found, dims = [], []
+        for result, heads in zip(results if several else (results,), heads_out, strict=True):
+            absent = result.dim() <= heads
+            found.append(result if absent else result.unflatten(heads, (samples, -1)))
+            dims.append(None if absent else heads)
+        return (tuple(found), tuple(dims)) if several else (found[0], dims[0])
+
+    return rule
+
+
+for _op, _heads_in, _heads_out in (
+    (relative_position_tables, (0,), (0, 0)),
+    (relative_position_tables_backward, (0, 0, 0, 0), (0,)),
+    (dense_position_table, (0,), (0,)),
+    (gated_attention, (1, 1, 1, 0, 0), (1, 1, 1)),
+    (gated_attention_backward, (1, 1, 1, 1, 1, 1, 0, 0), (1, 1, 1, 0, 0)),
+):
+    torch.library.register_vmap(_op, _samples_as_heads(_op, _heads_in, _heads_out), lib=_library)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import eager_tables, ops
-from .grid import parse_grid
+from .grid import parse_plane
 
 
 def _checked_weight(pos_weight: Tensor) -> Tensor:
@@ -24,6 +24,21 @@ def _checked_weight(pos_weight: Tensor) -> Tensor:
     if pos_weight.dim() != 2 or pos_weight.shape[1] != 3:
         raise ValueError(f"pos_weight must have shape (heads, 3), but has {tuple(pos_weight.shape)}")
     return pos_weight if pos_weight.dtype == torch.float64 else pos_weight.float()
+
+
+def axis_tables(pos_weight: Tensor, grid: tuple[int, ...], spacing: tuple[float, ...]) -> list[Tensor]:
+    """One factor of the positional attention for each side of any grid, (heads, side, side), in plain PyTorch.
+
+    Args:
+        pos_weight: (heads, axes + 1) in float32 or float64: of the offsets, the last axis first, and of the squared
+            distance.
+        grid: the sides. spacing: the distance between neighbours along each.
+    """
+    *linear, squared = pos_weight.unbind(dim=1)
+    return [
+        eager_tables.axis_table(weight * step, squared * step**2, side)
+        for weight, step, side in zip(reversed(linear), spacing, grid, strict=True)
+    ]
 
 
 def relative_position_tables(pos_weight: Tensor, grid_size: int | Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -41,10 +56,9 @@ def relative_position_tables(pos_weight: Tensor, grid_size: int | Sequence[int])
         TypeError: pos_weight is no dense floating-point tensor, or grid_size is no int or pair of ints.
         ValueError: pos_weight is not (heads, 3), or a side of the grid is smaller than 1.
     """
-    height, width = parse_grid(grid_size)
+    height, width = parse_plane(grid_size)
     pos_weight = _checked_weight(pos_weight)
-    # an exported program must run where this package is not
-    plain = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or ops.why_not(pos_weight)
+    plain = ops.exporting() or ops.why_not(pos_weight)
     function = eager_tables.relative_position_tables if plain else ops.relative_position_tables
     row_table, col_table = function(pos_weight, height, width)
     return row_table, col_table
@@ -64,7 +78,7 @@ def dense_position_table(
         TypeError: pos_weight is no dense floating-point tensor, grid_size no int or pair of ints, or dtype another one.
         ValueError: pos_weight is not (heads, 3), or a side of the grid is smaller than 1.
     """
-    height, width = parse_grid(grid_size)
+    height, width = parse_plane(grid_size)
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"the dense table's dtype must be float32, float16 or bfloat16, but is {dtype}")
     pos_weight = _checked_weight(pos_weight)

@@ -13,14 +13,14 @@ PACKAGE = ROOT / "convit_kernels"
 
 # The core, from the top down. What is in no layer (the command line, benchmarks, tuning, equivalence) stands above it.
 LAYERS = [
-    ("models", "locality", "replace"),
+    ("models", "locality", "parallel", "replace"),
     ("gpsa", "patches"),
     ("attention", "foreign", "linear"),
     ("backends.*",),
-    ("relpos",),
+    ("relpos", "key_mask"),
     ("ops",),
-    ("inputs", "eager_tables", "extension", "triton.attention"),
-    ("extras", "grid", "_ops", "triton.forward", "triton.backward"),
+    ("inputs", "eager_attention", "extension", "triton.attention"),
+    ("eager_tables", "extras", "grid", "_ops", "triton.forward", "triton.backward"),
     ("schemas", "triton.common", "triton.configs"),
     ("triton.config_table",),
 ]

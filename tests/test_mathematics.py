@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from convit_kernels import GPSA, locality
+from convit_kernels.backends.reference import relative_coordinates
 from convit_kernels.equivalence import eager_attention, relative_indices, with_gradients
-from convit_kernels.relpos import relative_position_tables
+from convit_kernels.relpos import axis_tables, relative_position_tables
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "mathematics.md"
@@ -167,6 +168,25 @@ def test_nonlocality_from_the_diagonals(formulas: Formulas):
     dense = (formulas.p * torch.hypot(formulas.r[..., 0], formulas.r[..., 1])).sum((1, 2))
     close(total, dense)
     close(locality._position_distance(formulas.w, formulas.grid), dense / formulas.p.shape[1])
+
+
+@pytest.mark.parametrize("sides", [(6,), (2, 3), (2, 1, 3)])
+def test_other_grids_and_spacings(sides: tuple[int, ...]):
+    spacing = (0.5, 2.0, 1.5)[-len(sides) :]
+    w = torch.randn(HEADS, len(sides) + 1, dtype=torch.float64)
+    offsets = relative_coordinates(sides, w, spacing)
+    logits = sum(w[:, at, None, None] * offset + w[:, -1, None, None] * offset**2 for at, offset in enumerate(offsets))
+    product = torch.ones(HEADS, 1, 1, dtype=torch.float64)
+    for table in axis_tables(w, sides, spacing):
+        product = torch.einsum("hij,hkl->hikjl", product, table).flatten(3, 4).flatten(1, 2)
+    close(product, logits.softmax(-1))
+
+
+def test_a_key_mask(formulas: Formulas):
+    m = torch.rand(formulas.a.shape[-1], dtype=torch.float64)
+    numerator, denominator = formulas.a @ (m[:, None] * formulas.v), formulas.a @ m
+    masked = formulas.a * m
+    close(numerator / denominator[..., None], (masked / masked.sum(-1, keepdim=True)) @ formulas.v)
 
 
 def test_functions_are_where_the_page_says():

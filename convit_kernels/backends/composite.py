@@ -8,35 +8,16 @@ one of the two maps has become zero in v's dtype.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..eager_attention import content_values, differentiable_gradients, positional_values
 from ..inputs import Inputs
-from ..relpos import relative_position_tables
-
-
-def _positional_values(v: Tensor, row_table: Tensor, col_table: Tensor) -> Tensor:
-    """The positional attention applied to v, first along x, then along y.
-
-    Args:
-        v: (B, H, N, D), tokens in row-major order of the grid.
-        row_table, col_table: (H, height, height) and (H, width, width) in v's dtype.
-
-    Returns:
-        (B, H, N, D).
-    """
-    batch, heads, tokens, head_dim = v.shape
-    height, width = row_table.shape[-1], col_table.shape[-1]
-    # The axis that a table mixes comes first of three, and the other two are one: a single product an image and head.
-    of_grid = v.reshape(batch, heads, height, width, head_dim)  # (B, H, height, width, D)
-    by_column = of_grid.transpose(2, 3).flatten(3)  # (B, H, width, height * D)
-    mixed = col_table @ by_column  # (H, width, width) @ (B, H, width, height * D)
-    mixed = mixed.reshape(batch, heads, width, height, head_dim)  # (B, H, width, height, D)
-    by_row = mixed.transpose(2, 3).flatten(3)  # (B, H, height, width * D)
-    return (row_table @ by_row).reshape(batch, heads, tokens, head_dim)
+from ..relpos import axis_tables, relative_position_tables
 
 
 def _rows(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -60,13 +41,39 @@ def _rows(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return 1 + 0 * (scores.clamp(min=0) + finite_keys)
 
 
+class _DerivableAgain(torch.autograd.Function):
+    """The result of PyTorch's fused attention, as it is. It has no second derivative, unlike this.
+
+    A backward pass that is to be differentiated in turn goes through the plain softmax, not through the fused one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, content: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.scale = scale
+        return content.view_as(content)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return grad, None, None, None, None
+        plain = differentiable_gradients(lambda q, k, v: content_values(q, k, v, ctx.scale), ctx.saved_tensors, grad)
+        return None, *plain, None
+
+
 def _content(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """q, k, v (B, H, N, D) -> (B, H, N, D) in v's dtype: the content attention applied to v."""
-    if ops.why_not(q, k, v):  # PyTorch's fused attention has no forward-mode and no second derivative either
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        q, k, values = (tensor.to(dtype) for tensor in (q, k, v))
-        return (((q @ k.mT) * scale).softmax(dim=-1) @ values).to(v.dtype)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    if ops.why_not(q, k, v):  # PyTorch's fused attention has no forward-mode derivative either
+        return content_values(q, k, v, scale)
+    content = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    if (
+        content.requires_grad
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        and not ops.transformed()
+    ):
+        content = _DerivableAgain.apply(content, q, k, v, scale)
+    return content
 
 
 def why_not(inputs: Inputs | None) -> str:
@@ -84,11 +91,13 @@ def attention(inputs: Inputs) -> Tensor:
     Returns:
         (B, H, N, D) in v's dtype, a view of a contiguous (B, N, H, D) tensor where PyTorch's attention gives one.
     """
-    q, k, v, pos_weight, gate, grid, scale, _ = inputs
-    row_table, col_table = relative_position_tables(pos_weight.to(torch.promote_types(pos_weight.dtype, v.dtype)), grid)
-    g = torch.sigmoid(gate.to(row_table.dtype))[:, None, None]  # (H, 1, 1)
+    q, k, v, pos_weight, gate, grid, scale, _, spacing, _ = inputs
+    pos_weight = pos_weight.to(torch.promote_types(torch.promote_types(pos_weight.dtype, v.dtype), torch.float32))
+    first, *others = axis_tables(pos_weight, grid, spacing) if spacing else relative_position_tables(pos_weight, grid)
+    g = torch.sigmoid(gate.to(first.dtype))[:, None, None]  # (H, 1, 1)
     content = _content(q, k, v, scale)  # (B, H, N, D)
-    position = _positional_values(v, (g * row_table).to(v.dtype), col_table.to(v.dtype))  # (B, H, N, D), times g
+    tables = [table.to(v.dtype) for table in (g * first, *others)]
+    position = positional_values(v, tables)  # (B, H, N, D), times g
     content = content * ((1 - g).to(v.dtype) * _rows(q, k, scale))  # (H, 1, 1) * (B, H, N, 1)
     # The content has the memory layout that the output projection reads, and the sum keeps it. In place, except where
     # the position may be more than the content is: have a dimension of vmap's, or be of a subclass.

@@ -25,7 +25,7 @@ def why_not(inputs: Inputs | None) -> str:
         return f"the tensors are on {inputs.q.device}, not on the CPU"
     if inputs.dropout_p > 0:
         return "the kernels have no dropout"
-    return ops.why_not(*inputs[:5])
+    return ops.why_not_attend(inputs)
 
 
 @cache
@@ -59,12 +59,13 @@ def limit(dtype: torch.dtype) -> tuple[float, str]:
     return _limit(dtype, os.environ.get("CONVIT_KERNELS_ISA", ""))
 
 
-def why_slower(inputs: Inputs) -> str:
+def why_later(inputs: Inputs) -> str:
+    if reason := ops.why_later():
+        return reason
     key_bytes, why = limit(inputs.q.dtype)
     if not why:
         return ""
-    _, _, tokens, head_dim = inputs.q.shape
-    return why if tokens * head_dim * inputs.q.element_size() >= key_bytes else ""
+    return why if inputs.q.shape[2] * inputs.head_dim * inputs.q.element_size() >= key_bytes else ""
 
 
 def attention(inputs: Inputs) -> Tensor:

@@ -4,6 +4,8 @@ Nothing here is shared with the fast paths: the positional softmax runs over all
 over its factors. Half-precision inputs are computed in float32.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,33 +13,53 @@ from torch import Tensor
 from ..inputs import Inputs
 
 
-def relative_coordinates(grid: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
-    """dx and dy, (N, N) each in like's dtype and device: column and row of the key minus those of the query."""
-    height, width = grid
-    token = torch.arange(height * width, device=like.device)
-    x, y = token % width, token // width
-    return (x[None, :] - x[:, None]).to(like.dtype), (y[None, :] - y[:, None]).to(like.dtype)
+def relative_coordinates(grid: tuple[int, ...], like: Tensor, spacing: tuple[float, ...] | None = None) -> list[Tensor]:
+    """dx, dy and so on, (N, N) each in like's dtype and device: the key's coordinate minus the query's.
+
+    The last axis of the grid comes first. spacing: between neighbours along each side of the grid; None: 1.
+    """
+    token = torch.arange(math.prod(grid), device=like.device)
+    offsets = []
+    for side, step in zip(reversed(grid), reversed(spacing or (1.0,) * len(grid)), strict=True):
+        at, token = token % side, token // side
+        offsets.append((at[None, :] - at[:, None]).to(like.dtype) * step)
+    return offsets
 
 
-def relative_features(grid: tuple[int, int], like: Tensor) -> Tensor:
-    """dx, dy and dx^2 + dy^2, (N, N, 3) in like's dtype and device: what the positional logits are linear in."""
-    dx, dy = relative_coordinates(grid, like)
-    return torch.stack((dx, dy, dx.square() + dy.square()), dim=-1)
+def relative_features(grid: tuple[int, ...], like: Tensor, spacing: tuple[float, ...] | None = None) -> Tensor:
+    """(dx, dy, dx^2 + dy^2) and its like, (N, N, axes + 1): what the positional logits are linear in.
+
+    Arguments as for `relative_coordinates`.
+    """
+    offsets = torch.stack(relative_coordinates(grid, like, spacing), dim=-1)
+    return torch.cat((offsets, offsets.square().sum(dim=-1, keepdim=True)), dim=-1)
 
 
 def attention_map(
-    q: Tensor, k: Tensor, pos_weight: Tensor, gate: Tensor, grid: tuple[int, int], scale: float
+    q: Tensor,
+    k: Tensor,
+    pos_weight: Tensor,
+    gate: Tensor,
+    grid: tuple[int, ...],
+    scale: float,
+    spacing: tuple[float, ...] | None = None,
+    key_mask: Tensor | None = None,
 ) -> Tensor:
     """The mixed map A, (B, H, N, N) in at least float32: (1 - sigmoid(gate)) * content + sigmoid(gate) * position.
 
-    Each row sums to 1.
+    Each row sums to 1. With a key mask, (B, N), the map is multiplied by it and each row divided by its sum.
     """
     dtype = torch.promote_types(torch.promote_types(q.dtype, pos_weight.dtype), torch.float32)
     q, k, pos_weight, gate = (tensor.to(dtype) for tensor in (q, k, pos_weight, gate))
     content = ((q @ k.transpose(-2, -1)) * scale).softmax(dim=-1)
-    position = torch.einsum("nmf,hf->hnm", relative_features(grid, pos_weight), pos_weight).softmax(dim=-1)
+    features = relative_features(grid, pos_weight, spacing)
+    position = torch.einsum("nmf,hf->hnm", features, pos_weight).softmax(dim=-1)
     g = torch.sigmoid(gate)[:, None, None]
-    return (1 - g) * content + g * position
+    mixed = (1 - g) * content + g * position
+    if key_mask is not None:
+        mixed = mixed * key_mask.to(dtype)[:, None, None, :]
+        mixed = mixed / mixed.sum(dim=-1, keepdim=True)
+    return mixed
 
 
 def why_not(inputs: Inputs | None) -> str:
@@ -53,6 +75,6 @@ def attention(inputs: Inputs) -> Tensor:
     Returns:
         (B, H, N, D) in v's dtype.
     """
-    q, k, v, pos_weight, gate, grid, scale, dropout_p = inputs
-    weights = attention_map(q, k, pos_weight, gate, grid, scale)
+    q, k, v, pos_weight, gate, grid, scale, dropout_p, spacing, key_mask = inputs
+    weights = attention_map(q, k, pos_weight, gate, grid, scale, spacing, key_mask)
     return (F.dropout(weights, dropout_p) @ v.to(weights.dtype)).to(v.dtype)

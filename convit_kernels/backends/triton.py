@@ -25,11 +25,17 @@ def why_not(inputs: Inputs | None) -> str:
         return f"the tensors are on {q.device}, not on a GPU"
     if q.dtype not in DTYPES:
         return f"the kernels take float16, bfloat16 and float32, not {q.dtype}"
-    if q.shape[3] > MAX_HEAD_DIM:
-        return f"head_dim is at most {MAX_HEAD_DIM}, not {q.shape[3]}"
+    if inputs.head_dim > MAX_HEAD_DIM:
+        return f"head_dim is at most {MAX_HEAD_DIM}, not {inputs.head_dim}"
     if q.shape[2] > MAX_TOKENS:
         return f"a grid has at most {MAX_TOKENS} tokens, not {q.shape[2]}"
-    return ops.why_not(*inputs[:5])
+    if inputs.dropout_p > 0 and inputs.key_mask is not None:
+        return "with a key mask the mixed map, on which dropout acts, is never normalised"
+    return ops.why_not_attend(inputs)
+
+
+def why_later(inputs: Inputs) -> str:
+    return ops.why_later()
 
 
 def attention(inputs: Inputs) -> Tensor:

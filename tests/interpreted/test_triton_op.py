@@ -144,6 +144,32 @@ def test_under_vmap_with_the_gradient_taken_outside():
         assert all(torch.equal(grad[index], truth) for grad, truth in zip(grads, expected, strict=True))
 
 
+def test_under_vmap_each_sample_has_its_own_dropout():
+    inputs = make_inputs(1, 2, (2, 3), 8)
+    tokens = inputs.q.expand(3, -1, -1, -1, -1)
+
+    def dropped(q):
+        return ck.gpsa_attention(q, *inputs[1:5], grid_size=(2, 3), dropout_p=0.5, backend="triton")
+
+    first, second, third = torch.func.vmap(dropped, randomness="different")(tokens)
+    assert not torch.equal(first, second) and not torch.equal(second, third)
+    with pytest.raises(NotImplementedError, match='give vmap randomness="different"'):
+        torch.func.vmap(dropped, randomness="same")(tokens)
+
+
+def test_a_second_backward_pass_through_plain_pytorch():
+    leaves = [tensor.clone().requires_grad_() for tensor in make_inputs(2, 2, (2, 3), 8)[:5]]
+
+    def second(backend, **options):
+        out = ck.gpsa_attention(*leaves, grid_size=(2, 3), backend=backend, **options)
+        grads = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves)
+
+    torch.testing.assert_close(second("triton"), second("reference"), rtol=1e-3, atol=1e-3)
+    with pytest.raises(NotImplementedError, match="dropout in the fused kernels has no second derivative"):
+        second("triton", dropout_p=0.5)
+
+
 def test_lazily_negated_inputs_and_gradients():
     inputs = make_inputs(1, 2, (2, 3), 8)
     views = Inputs(*(torch._neg_view(tensor) for tensor in inputs))
