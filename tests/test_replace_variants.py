@@ -10,10 +10,9 @@ from foreign import perturbed
 from torch import nn
 
 import convit_kernels as ck
+from convit_kernels import locality
 
 TOKENS = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
-NONE = "has no such layer"
-SAME = "replaced: same outputs, gradients and state_dict"
 
 
 def leaves(result) -> list[torch.Tensor]:
@@ -44,13 +43,23 @@ def assert_same(layer: nn.Module, x: torch.Tensor, *args, **kwargs) -> ck.GPSA:
 
 
 class TestParts:
-    @pytest.mark.situation("Variants", "q, k and v as three layers, or fused in one qkv", timm=NONE, ours=SAME)
+    @pytest.mark.situation(
+        "Variants",
+        "q, k and v as three layers, or fused in one qkv",
+        timm="has no such layer",
+        ours="replaced; the same outputs, gradients and state_dict",
+    )
     @pytest.mark.parametrize("kind", [foreign.SeparateGPSA, foreign.FusedGPSA])
     @pytest.mark.parametrize("qkv_bias", [False, True])
     def test_projections(self, kind, qkv_bias):
         assert_same(kind(32, 4, qkv_bias=qkv_bias), TOKENS)
 
-    @pytest.mark.situation("Variants", "a gate that is 1 - sigmoid of its parameter (ConViTEnc)", timm=NONE, ours=SAME)
+    @pytest.mark.situation(
+        "Variants",
+        "a gate that is 1 - sigmoid of its parameter (ConViTEnc)",
+        timm="has no such layer",
+        ours="replaced; the same outputs, gradients and state_dict",
+    )
     def test_an_inverted_gate(self):
         ours = assert_same(foreign.InvertedGate(32, 4), TOKENS)
         torch.testing.assert_close(ours.gate(), -ours.gating_param)
@@ -71,13 +80,21 @@ class TestParts:
 
 
 class TestGrids:
-    @pytest.mark.situation("Variants", "a sequence, features (d, d^2) (TorchSig)", timm=NONE, ours=SAME)
+    @pytest.mark.situation(
+        "Variants",
+        "a sequence, features (d, d^2) (TorchSig)",
+        timm="has no such layer",
+        ours="replaced; the same outputs, gradients and state_dict",
+    )
     @pytest.mark.parametrize("tokens", [5, 16, 30])
     def test_a_line(self, tokens):
         assert_same(foreign.OneDimensionalGPSA(32, 4), torch.randn(2, tokens, 32))
 
     @pytest.mark.situation(
-        "Variants", "volumes, features (dx, dy, dz, d^2) in any order (DIRECT)", timm=NONE, ours=SAME
+        "Variants",
+        "volumes, features (dx, dy, dz, d^2) in any order (DIRECT)",
+        timm="has no such layer",
+        ours="replaced; the same outputs, gradients and state_dict",
     )
     @pytest.mark.parametrize("grid", [(2, 2, 4), (4, 2, 2), (1, 4, 4)])
     def test_space(self, grid):
@@ -96,7 +113,12 @@ class TestGrids:
             layer.current_grid_size = ours.current_grid_size = grid
             torch.testing.assert_close(ours(TOKENS), layer(TOKENS), rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.situation("Variants", "offsets of the query from the key, or in another order", timm=NONE, ours=SAME)
+    @pytest.mark.situation(
+        "Variants",
+        "offsets of the query from the key, or in another order",
+        timm="has no such layer",
+        ours="replaced; the same outputs, gradients and state_dict",
+    )
     @pytest.mark.parametrize("kind", [foreign.MirroredGPSA, foreign.RowFirst])
     def test_order_and_sign(self, kind):
         ours = assert_same(kind(32, 4), TOKENS)
@@ -104,13 +126,21 @@ class TestGrids:
         layer(TOKENS)
         assert torch.equal(ours.get_rel_indices(16), layer.rel_indices)
 
-    @pytest.mark.situation("Variants", "coordinates from -1 to 1, whatever the size", timm=NONE, ours=SAME)
+    @pytest.mark.situation(
+        "Variants",
+        "coordinates from -1 to 1, whatever the size",
+        timm="has no such layer",
+        ours="replaced; the same outputs, gradients and state_dict",
+    )
     @pytest.mark.parametrize("tokens", [9, 16, 49])
     def test_scaled_coordinates(self, tokens):
         assert_same(foreign.ScaledGPSA(32, 4), torch.randn(2, tokens, 32))
 
     @pytest.mark.situation(
-        "Variants", "qkv, inverted gate, coordinates from -1 to 1 on 3 x 5 (ConViTEnc)", timm=NONE, ours=SAME
+        "Variants",
+        "qkv, inverted gate, coordinates from -1 to 1 on 3 x 5 (ConViTEnc)",
+        timm="has no such layer",
+        ours="replaced; the same outputs, gradients and state_dict",
     )
     def test_one_scale_for_each_side(self):
         ours = assert_same(foreign.EncoderGPSA(32, 4, grid_size=(3, 5)), torch.randn(2, 15, 32))
@@ -140,13 +170,23 @@ class TestGrids:
 class TestKeyMask:
     mask = torch.rand(2, 16, generator=torch.Generator().manual_seed(3)) < 0.6
 
-    @pytest.mark.situation("Variants", "a key mask on the mixed map, forward(x, mask)", timm=NONE, ours=SAME)
+    @pytest.mark.situation(
+        "Variants",
+        "a key mask on the mixed map, forward(x, mask)",
+        timm="has no such layer",
+        ours="replaced; the same outputs, gradients and state_dict",
+    )
     @pytest.mark.parametrize("mask", [None, mask, mask.float()])
     def test_of_tokens(self, mask):
         assert_same(foreign.MaskedGPSA(32, 4), TOKENS, mask)
         assert_same(foreign.MaskedGPSA(32, 4), TOKENS, mask=mask)
 
-    @pytest.mark.situation("Variants", "feature maps with a key mask (Lux-AI)", timm=NONE, ours=SAME)
+    @pytest.mark.situation(
+        "Variants",
+        "feature maps with a key mask (Lux-AI)",
+        timm="has no such layer",
+        ours="replaced; the same outputs, gradients and state_dict",
+    )
     def test_of_feature_maps(self):
         x = TOKENS.transpose(1, 2).unflatten(2, (4, 4))
         ours = assert_same(foreign.LuxGPSA(32, 4, 4), x, self.mask.view(2, 1, 4, 4))
@@ -182,7 +222,7 @@ class TestMapOnRequest:
     @pytest.mark.situation(
         "Variants",
         "(x, attention, v) from every call (DyTox); `layer.return_attention = True`",
-        timm=NONE,
+        timm="has no such layer",
         ours="the exact map at its cost; None in its place, and the fast path, by default",
     )
     def test_three_outputs(self):
@@ -205,7 +245,7 @@ class TestMapOnRequest:
     @pytest.mark.situation(
         "Variants",
         "the map when the call or an attribute asks for it (DyTox's descendants)",
-        timm=NONE,
+        timm="has no such layer",
         ours="the exact map at its cost, the fast path else",
     )
     def test_on_request(self):
@@ -229,6 +269,32 @@ class TestMapOnRequest:
             torch.manual_seed(5)
             results.append(each(TOKENS))
         torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.situation(
+    "Variants",
+    "noise on the map (BiRT), coordinates given with each call (point clouds)",
+    timm="has no such layer",
+    ours="refused, with the reason, and nothing is replaced",
+)
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (foreign.NoisyMap, "other outputs or gradients in training mode"),
+        (foreign.IrregularGPSA, "forward takes coords"),
+    ],
+)
+def test_other_mathematics_is_refused(make, reason):
+    model = nn.Sequential(make(32, 4))
+    with pytest.raises(TypeError, match=reason):
+        ck.replace_gpsa(model)
+    assert type(model[0]) is make
+
+
+def test_locality_is_for_planes_of_unit_spacing():
+    model = nn.Sequential(ck.GPSA(32, 4, grid_size=(16,)))
+    with pytest.raises(TypeError, match="0: is not on the tokens of a plane with neighbours one apart"):
+        locality.nonlocality(model, TOKENS)
 
 
 @pytest.mark.parametrize(
