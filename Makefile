@@ -7,20 +7,37 @@ CONSTRAINTS ?= constraints.txt
 TORCH ?= torch torchvision
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
+install = $(1)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
+PIP := $(call install,$(VENV))
 SOURCES := setup.py convit_kernels/schemas.py $(shell find csrc -type f)
 
-.PHONY: demo test steady kernels bench results docs lint sanitize mutants dist dist-test hub clean
+.PHONY: demo test test-tools steady kernels bench results docs lint sanitize mutants dist dist-test hub clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
 	$(BIN)/python -m convit_kernels demo $(ARGS)
 	$(BIN)/python examples/evaluate.py --skip-without-data
 
-# Triton's interpreter is a matter of the whole process, so its tests have one of their own.
+# Two processes take the tests, file by file (ARGS="-n 0": this one alone, for a debugger); a thread that waits leaves its
+# core to the other's. Triton's interpreter is a matter of the whole process, so its tests have runs of their own.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 test: $(VENV)/built
-	$(BIN)/python -m pytest tests $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted $(ARGS)
+	$(PYTEST) tests $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreted $(ARGS)
+
+# The tests beside other projects' tools, in an environment of their own that sees the packages of the main one: these
+# tools may want other versions than it has.
+TOOLS_VENV ?= .venv-tools
+test-tools: $(VENV)/built $(TOOLS_VENV)/ready
+	$(TOOLS_VENV)/bin/python -m pytest tests/tools $(ARGS)
+
+PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(TOOLS_VENV)/ready: $(VENV)/ready pyproject.toml constraints.txt
+	$(BIN)/python -m venv --clear --without-pip $(TOOLS_VENV)
+	$(BIN)/python $(PURELIB) > "$$($(TOOLS_VENV)/bin/python $(PURELIB))/main.pth"
+	CONVIT_KERNELS_CPU=0 CONVIT_KERNELS_CUDA=0 \
+		$(call install,$(TOOLS_VENV)) --no-build-isolation --editable '.[test-tools]'
+	touch $@
 
 # The tests of equivalence on many draws of rounding: seeds, processors, threads (ARGS=--sample: some, for each change).
 steady: $(VENV)/built
@@ -81,8 +98,8 @@ sanitize: $(VENV)/built
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		$(abspath $(BIN))/python -m pytest $(abspath tests)/test_cpu_attention.py $(abspath tests)/test_relpos.py \
-		-k "not compile and not inductor and not average and not any_grid and not 1024 and not among_many and \
-		not same_bits and (not emulated and not chunked or \
+		-k "not compile and not inductor and not average and not any_grid and not larger_blocks and not among_many and \
+		not same_bits and not several_chunks and (not emulated and not chunked or \
 		amx_bf16_emulated and bfloat16 and (grids or head_dims or any_length))" $(ARGS)
 
 # Wrong kernels of the CPU, all in one build: on every instruction set, emulated or not, the tests must notice each of
@@ -110,7 +127,7 @@ hub: $(VENV)/built
 	$(BIN)/python -m tools.hub_layout build/hub
 
 clean:
-	rm -rf $(VENV) $(DOCS_VENV) build dist *.egg-info convit_kernels/*.so convit_kernels/_build.json
+	rm -rf $(VENV) $(DOCS_VENV) $(TOOLS_VENV) build dist *.egg-info convit_kernels/*.so convit_kernels/_build.json
 
 # Each stamp is written last: a set-up that was interrupted is done again, torch's from an empty environment.
 $(VENV)/torch: constraints.txt

@@ -10,7 +10,7 @@ from .replace import replace_gpsa
 
 __version__ = "0.2.0"
 
-__all__ = [  # without `locality` and `models`, which need more than torch: `from convit_kernels import *` works without
+__all__ = [  # without the modules of _ON_DEMAND, so that `from convit_kernels import *` needs torch alone
     "GPSA",
     "Backend",
     "backends",
@@ -21,11 +21,11 @@ __all__ = [  # without `locality` and `models`, which need more than torch: `fro
 ]
 
 
-_ON_DEMAND = ("locality", "models")
+_ON_DEMAND = ("locality", "models", "parallel")
 
 
 def __getattr__(name: str) -> ModuleType:
-    """`models` and `locality` are imported when they are first asked for: the layer needs torch alone."""
+    """They are imported when they are first asked for: `models` and `locality` need timm, `parallel` takes a second."""
     if name in _ON_DEMAND:
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

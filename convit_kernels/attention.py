@@ -10,6 +10,11 @@ from .grid import GridSize
 from .inputs import Inputs, checked
 from .key_mask import divided, folded
 
+NO_SCRIPT = (
+    "torch.jit.script cannot compile the code of convit_kernels: take torch.compile, or torch.export or "
+    "torch.jit.trace for a program that runs without it"
+)
+
 
 class Backend(NamedTuple):
     """One way to compute the attention: its name, whether it can run here, and if not the reason."""
@@ -22,14 +27,14 @@ class Backend(NamedTuple):
 class _Entry(NamedTuple):
     attention: Callable[[Inputs], Tensor]
     why_not: Callable[[Inputs | None], str]  # "" when it can run: on those inputs, or on this machine at all for None
-    why_slower: Callable[[Inputs], str] = lambda inputs: ""  # "" but where the next is expected to be faster
+    why_later: Callable[[Inputs], str] = lambda inputs: ""  # "" but where backend=None should rather take the next
     masks_keys: bool = False  # whether it takes inputs with a key mask as they are
 
 
-# fastest first: backend=None takes the first that can run and is not expected to be slower than the next
+# fastest first: backend=None takes the first that can run and does not itself come later
 _BACKENDS: dict[str, _Entry] = {
-    "triton": _Entry(triton.attention, triton.why_not),
-    "cpu": _Entry(cpu.attention, cpu.why_not, cpu.why_slower),
+    "triton": _Entry(triton.attention, triton.why_not, triton.why_later),
+    "cpu": _Entry(cpu.attention, cpu.why_not, cpu.why_later),
     "composite": _Entry(composite.attention, composite.why_not),
     "reference": _Entry(reference.attention, reference.why_not, masks_keys=True),
 }
@@ -58,7 +63,7 @@ def check_backend(name: str | None) -> None:
 
 def fastest(inputs: Inputs) -> str:
     """The name of the backend that backend=None takes."""
-    return next(name for name, entry in _BACKENDS.items() if not entry.why_not(inputs) and not entry.why_slower(inputs))
+    return next(name for name, entry in _BACKENDS.items() if not entry.why_not(inputs) and not entry.why_later(inputs))
 
 
 def _choose(name: str | None, inputs: Inputs) -> _Entry:
@@ -125,3 +130,6 @@ def gpsa_attention(
     if key_mask is None or entry.masks_keys:
         return entry.attention(inputs)
     return divided(entry.attention(folded(inputs)))
+
+
+gpsa_attention.__script_unsupported = NO_SCRIPT  # type: ignore[attr-defined]  # which torch.jit.script raises

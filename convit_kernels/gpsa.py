@@ -3,17 +3,18 @@
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import foreign, trial
-from .attention import check_backend, gpsa_attention
+from .attention import NO_SCRIPT, check_backend, gpsa_attention
 from .backends import reference
 from .grid import GridSize, parse_grid, resolve_grid
 from .linear import project, why_not_plain
+from .ops import exporting
 from .variants import Variant, regular_grid, window_side
 
 _REFERENCE = Variant()
@@ -54,7 +55,17 @@ def _settable(module: nn.Module, name: str, owner: str) -> nn.Parameter:
             f"{owner}, a {type(module).__name__}, has no parameter {name} to set: it is computed, by pruning, a "
             "parametrization or a wrapper; set initial values before that"
         )
+    if _is_distributed(parameter):
+        raise RuntimeError(
+            f"{name} of {owner} is shared by several processes, a {type(parameter).__name__}: set initial values "
+            "before that, or load a state_dict"
+        )
     return parameter
+
+
+def _is_distributed(tensor: Tensor | None) -> bool:
+    """Whether it is a DTensor, whose class takes a second to import."""
+    return type(tensor) is not nn.Parameter and hasattr(tensor, "placements")
 
 
 class GPSA(nn.Module):
@@ -95,6 +106,8 @@ class GPSA(nn.Module):
             `pos_proj` or `attn_drop` has to be called.
     """
 
+    qk: nn.Module
+    v: nn.Module
     proj: nn.Module
     proj_drop: nn.Module
     attn_drop: nn.Module
@@ -218,10 +231,18 @@ class GPSA(nn.Module):
         heads, head_dim = self.num_heads, self.dim // self.num_heads
         found: list[Tensor] = []
         for name in names:
-            out = project(self._child(name), x)
+            layer = self._child(name)
+            out = project(layer, x)
             if len(name) == 1:
                 found.append(out.reshape(x.shape[0], x.shape[1], heads, head_dim))
             else:
+                weight: Any = layer._parameters.get("weight") if isinstance(layer, nn.Linear) else None
+                if _is_distributed(weight) and out.shape[-1] != weight.shape[0]:
+                    raise RuntimeError(
+                        f"{name} gave {out.shape[-1]} of its {weight.shape[0]} channels, all queries first and then "
+                        "all keys: a rank has not the two of the same heads; shard the layer by "
+                        "convit_kernels.parallel.ShardHeads"
+                    )
                 # unbind's gradient is one copy; that of indices would be tensors of zeros, copies and sums
                 parts = out.reshape(x.shape[0], x.shape[1], len(name), heads, head_dim).unbind(2)
                 found += [parts[index] for index in range(len(name))]  # torch.fx cannot count them
@@ -266,7 +287,7 @@ class GPSA(nn.Module):
     def _position_weight(self) -> Tensor:
         layer: Any = self.pos_proj
         weight, bias = layer.weight, layer.bias
-        if bias is not None and torch.is_grad_enabled():
+        if bias is not None and (torch.is_grad_enabled() or exporting()):  # a program may get gradients later
             # A constant cancels in the softmax. It is added times zero so that the bias gets the zero gradient it has
             # in the reference, not None, which DistributedDataParallel would report as an unused parameter.
             weight = weight + 0 * bias[:, None]
@@ -279,7 +300,7 @@ class GPSA(nn.Module):
             gate = gate.flatten()
         return -gate if self.variant.inverted else gate
 
-    def forward(self, x: Tensor, *, grid_size: GridSize = None, key_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid_size: GridSize = None, *, key_mask: Tensor | None = None) -> Tensor:
         """(B, N, dim) -> (B, N, dim). A grid_size given here is that of this call, before the layer's own."""
         return self._attend(x, grid_size, key_mask)[0]
 
@@ -394,6 +415,10 @@ class GPSA(nn.Module):
     @current_grid_size.setter
     def current_grid_size(self, grid_size: tuple[int, ...] | None) -> None:
         self.grid_size = grid_size
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script calls first."""
+        raise RuntimeError(NO_SCRIPT)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, grid_size={self.grid_size}, backend={self.backend}"

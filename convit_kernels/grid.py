@@ -60,8 +60,10 @@ def resolve_grid(grid_size: GridSize, num_tokens: int) -> tuple[int, ...]:
 
 def fitted_grid(sides: tuple[int, ...] | None, num_tokens: int) -> tuple[int, ...]:
     """The same from sides that `parse_grid` gave."""
+    if isinstance(num_tokens, torch.Tensor):  # as torch.jit.trace has it, whose program is for one grid
+        num_tokens = int(num_tokens)
     if sides is None:
-        side = math.isqrt(num_tokens)
+        side = math.trunc(num_tokens**0.5)  # math.isqrt would fix a number that is symbolic
         if side * side != num_tokens or side == 0:
             raise ValueError(
                 f"{num_tokens} tokens form no square grid: "

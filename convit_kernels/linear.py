@@ -172,7 +172,8 @@ def why_not_plain(layer: nn.Module, *kinds: type[nn.Module]) -> str:
         return f"is a {type(layer).__name__}, not an nn.{kinds[0].__name__}"
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return "has hooks"
-    if "forward" in vars(layer):
+    # the class's own is what accelerate leaves there when it takes its hooks off
+    if "forward" in vars(layer) and vars(layer)["forward"] != type(layer).forward.__get__(layer):
         return "has a forward of its own"
     if nn.modules.module._has_any_global_hook():
         return "is seen by hooks on every module"

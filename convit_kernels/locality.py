@@ -228,7 +228,13 @@ def _visit(
 
 def _image_grid(model: nn.Module, images: Tensor) -> tuple[int, int] | None:
     """Patches in a column and a row of the images, as far as the model says how large a patch is."""
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    embed: Any = getattr(model, "patch_embed", None)
+    if images.dim() == 4 and hasattr(
+        embed, "dynamic_feat_size"
+    ):  # timm's, where its convolution may have been replaced
+        rows, columns = embed.dynamic_feat_size(images.shape[2:])
+        return rows, columns
+    patch = getattr(embed, "patch_size", None)
     if patch is None or images.dim() != 4:
         return None
     height, width = parse_plane(patch)

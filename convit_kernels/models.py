@@ -10,8 +10,8 @@ Once this module is imported, `timm.create_model("convit_small_fused")` builds t
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -22,8 +22,14 @@ from .extras import needs
 
 try:
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    from timm.layers import ConvNormAct, DropPath, LayerNorm, Mlp, PatchEmbed, resample_abs_pos_embed, trunc_normal_
-    from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+    from timm.layers import DropPath, LayerNorm, Mlp, resample_abs_pos_embed, trunc_normal_
+    from timm.models import (
+        build_model_with_cfg,
+        generate_default_cfgs,
+        get_pretrained_cfg,
+        register_model,
+        resolve_pretrained_cfg,
+    )
     from timm.models._features import feature_take_indices
     from timm.models.vision_transformer import Attention
 except ModuleNotFoundError as error:
@@ -31,6 +37,12 @@ except ModuleNotFoundError as error:
 
 from .attention import check_backend
 from .gpsa import GPSA
+from .grid import GridSize, parse_grid, parse_plane
+from .patches import ConvStem, Grid, PatchEmbed, check_divides, position_on_grid, tokens_on_grid
+
+# torch.fx keeps them as one call each: they read shapes, which a symbolic trace does not have
+torch.fx.wrap("tokens_on_grid")
+torch.fx.wrap("position_on_grid")
 
 Pool = Literal["", "token", "avg"]
 Stem = Literal["patch", "conv"]
@@ -50,60 +62,55 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def _grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches of an image; raises ValueError where it does not divide into them."""
-    if min(height, width) < patch_size or height % patch_size or width % patch_size:
-        raise ValueError(
-            f"an image of {height} x {width} pixels does not divide into patches of {patch_size} x {patch_size}: "
-            f"height and width must be multiples of {patch_size}"
-        )
-    return height // patch_size, width // patch_size
+def _on_grid(module: nn.Module, x: Tensor, grid_size: GridSize) -> Tensor:
+    """module(x), a block or an attention. GPSA inside is told the grid where it would take the tokens for another's.
 
-
-def _initialise(module: nn.Module) -> None:
-    """The reference's initial values; convolutions and norms keep PyTorch's."""
-    if isinstance(module, GPSA):
-        module.reset_parameters()
-    elif isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def _conv_stem(in_chans: int, embed_dim: int, patch_size: int) -> nn.Sequential:
-    """Image to patches by 3 x 3 convolutions of stride 2 that double the channels, then 1 x 1.
-
-    Xiao et al., 2021, "Early Convolutions Help Transformers See Better" (arXiv 2106.14881). Their models drop one
-    block of the transformer in exchange.
+    So whatever takes tokens alone may stand in their place, as in timm's model.
     """
-    steps = patch_size.bit_length() - 1
-    widths = [in_chans, *(embed_dim // 2 ** (steps - 1 - step) for step in range(steps))]
-    layers = [ConvNormAct(*pair, kernel_size=3, stride=2) for pair in pairwise(widths)]
-    return nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, kernel_size=1))
+    if type(module) in (Block, GPSA):
+        return module(x, grid_size=grid_size)  # type: ignore[no-any-return]
+    for part in module.modules():
+        if isinstance(part, GPSA) and grid_size is not None:
+            rows, columns = parse_plane(grid_size)
+            if (rows, columns) != (parse_grid(part.grid_size) if part.grid_size else (rows, rows)):
+                return module(x, grid_size=grid_size)  # type: ignore[no-any-return]
+    return module(x)  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
     """A transformer block, norm first: GPSA or plain attention, then the MLP."""
 
-    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, proj_drop: float, drop_path: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        mlp_ratio: float,
+        proj_drop: float,
+        drop_path: float,
+        norm_layer: Callable[[int], nn.Module] = LayerNorm,
+    ) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(dim)
+        self.norm1 = norm_layer(dim)
         self.attn = attn
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = LayerNorm(dim)
+        self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
 
-    def forward(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    __prepare_scriptable__ = GPSA.__prepare_scriptable__
+
+    def forward(self, x: Tensor, grid_size: GridSize = None) -> Tensor:
         """(B, T, dim) -> (B, T, dim).
 
         Args:
             x: the tokens: the patches in row-major order, T = N, for GPSA; with the class token first, T = 1 + N, for
                 plain attention.
-            grid_size: (rows, columns) of the patches; plain attention does without.
+            grid_size: (rows, columns) of the patches, or one number for a square; None: the grid that the GPSA layer
+                was made for, or a square. Plain attention does without.
+
+        Raises:
+            ValueError: x has another number of tokens than the grid, or grid_size is None and their number no square.
         """
-        y = self.norm1(x)
-        y = self.attn(y, grid_size=grid_size) if isinstance(self.attn, GPSA) else self.attn(y)
-        x = x + self.drop_path(y)
+        x = x + self.drop_path(_on_grid(self.attn, self.norm1(x), grid_size))
         return x + self.drop_path(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
 
 
@@ -135,6 +142,8 @@ class ConViT(nn.Module):
         train_gpsa: False: the GPSA layers stay as they were initialised (Table 3, f and g).
         stem: "patch": one strided convolution; "conv": the stem of Xiao et al., 2021; patch_size a power of two.
         backend: of the GPSA layers, a name from `convit_kernels.backends()`; None chooses the fastest that can run.
+        norm_layer: a function of the number of channels that makes the norms.
+        device, dtype: of the parameters.
 
     Shapes:
         forward: (B, in_chans, H, W) -> (B, num_classes); with global_pool="" (B, 1 + N, num_classes), N patches in
@@ -171,6 +180,9 @@ class ConViT(nn.Module):
         train_gpsa: bool = True,
         stem: Stem = "patch",
         backend: str | None = None,
+        norm_layer: Callable[[int], nn.Module] = LayerNorm,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads != 0:
@@ -194,24 +206,19 @@ class ConViT(nn.Module):
             )
         check_backend(backend)
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        _grid(height, width, patch_size)
+        check_divides(height, width, (patch_size, patch_size))
+        self.grid_size: Grid = (height // patch_size, width // patch_size)  # of pos_embed, and of blocks called alone
+        self.num_patches = math.prod(self.grid_size)
         self.patch_size = patch_size
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.local_up_to_layer = local_up_to_layer
+        self.locality_strength = locality_strength
+        self.use_pos_embed = use_pos_embed
         self.num_prefix_tokens = int(local_up_to_layer < depth)
         self.global_pool = self._checked_pool(global_pool)
         self.grad_checkpointing = False
-
-        self.patch_embed = PatchEmbed((height, width), patch_size, in_chans, embed_dim, strict_img_size=False)
-        if stem == "conv":
-            self.patch_embed.register_module("proj", _conv_stem(in_chans, embed_dim, patch_size))
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if self.num_prefix_tokens else None
-        self.pos_embed = (
-            nn.Parameter(torch.empty(1, self.patch_embed.num_patches, embed_dim)) if use_pos_embed else None
-        )
-        self.pos_drop = nn.Dropout(pos_drop_rate)
 
         def attention(index: int) -> nn.Module:
             if index >= local_up_to_layer:
@@ -226,29 +233,55 @@ class ConViT(nn.Module):
                 proj_drop=proj_drop_rate,
                 locality_strength=locality_strength,
                 use_local_init=use_local_init,
+                grid_size=None if height == width else self.grid_size,
                 backend=backend,
             )
 
         drop_path = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()  # also where the default is "meta"
-        self.blocks = nn.ModuleList(
-            Block(embed_dim, attention(index), mlp_ratio, proj_drop_rate, drop_path[index]) for index in range(depth)
-        )
-        self.norm: nn.Module = LayerNorm(embed_dim)
-        self.feature_info = [
-            {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{index}"} for index in range(depth)
-        ]
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
-
-        for parameter in (self.cls_token, self.pos_embed):
-            if parameter is not None:
-                trunc_normal_(parameter, std=0.02)
-        self.apply(_initialise)
+        with torch.device(torch.get_default_device() if device is None else device):
+            self.patch_embed = PatchEmbed((height, width), patch_size, in_chans, embed_dim, strict_img_size=False)
+            if stem == "conv":
+                self.patch_embed.register_module("proj", ConvStem(in_chans, embed_dim, patch_size))
+            self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if self.num_prefix_tokens else None
+            self.pos_embed = nn.Parameter(torch.empty(1, self.num_patches, embed_dim)) if use_pos_embed else None
+            self.pos_drop = nn.Dropout(pos_drop_rate)
+            self.blocks = nn.ModuleList(
+                Block(embed_dim, attention(index), mlp_ratio, proj_drop_rate, drop_path[index], norm_layer)
+                for index in range(depth)
+            )
+            self.norm = norm_layer(embed_dim)
+            self.feature_info = [
+                {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{index}"} for index in range(depth)
+            ]
+            self.head_drop = nn.Dropout(drop_rate)
+            self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+            for parameter in (self.cls_token, self.pos_embed):
+                if parameter is not None:
+                    trunc_normal_(parameter, std=0.02)
+            self.apply(self._initialise)
         for module in self.modules():
             if isinstance(module, GPSA):
                 module.requires_grad_(train_gpsa)
                 if not train_gates:
                     nn.init.zeros_(module.gating_param.requires_grad_(False))
+        self.to(dtype=dtype)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """timm's initial values of one layer, for `model.apply`; what GPSA adds is in its `local_init`."""
+        if isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def _initialise(self, module: nn.Module) -> None:
+        """The initial values of one layer in a new model; convolutions keep PyTorch's."""
+        if isinstance(module, GPSA):
+            module.reset_parameters()
+        else:
+            self._init_weights(module)
 
     def _checked_pool(self, global_pool: Pool) -> Pool:
         if global_pool not in POOLS:
@@ -260,27 +293,35 @@ class ConViT(nn.Module):
             )
         return global_pool
 
-    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """(B, in_chans, H, W) -> the patches with their positional embedding, (B, N, embed_dim), and their grid."""
-        if images.dim() != 4 or images.shape[1] != self.in_chans:
-            raise ValueError(
-                f"images must have shape (batch, {self.in_chans}, height, width), but have {tuple(images.shape)}"
-            )
-        grid = _grid(images.shape[2], images.shape[3], self.patch_size)
-        x = self.patch_embed(images)
-        if self.pos_embed is not None:
-            made_for = list(self.patch_embed.grid_size)
-            x = x + resample_abs_pos_embed(self.pos_embed, list(grid), made_for, num_prefix_tokens=0)
+    def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
+        """(B, in_chans, H, W) -> the patches with their positional embedding, (B, N, embed_dim), and their grid.
+
+        Raises:
+            ValueError: images of another shape, or that do not divide into the model's own patches; or `patch_embed`
+                has been replaced by a module that does not say on which grid its tokens are, or `pos_embed` by one
+                that fits no grid.
+        """
+        if torch.jit.is_tracing() and images.dim() == 4:  # type: ignore[attr-defined,no-untyped-call]
+            # the trace is for this size: another ends with an error, also where it makes as many patches
+            images = images.expand(-1, -1, *map(int, images.shape[2:]))
+        patches = self.patch_embed
+        x = patches(images, any_size=True) if isinstance(patches, PatchEmbed) else patches(images)
+        claimed = patches.dynamic_feat_size(images.shape[2:]) if hasattr(patches, "dynamic_feat_size") else None
+        found = tokens_on_grid(x, images.shape, claimed)
+        x, grid = found[0], found[1]
+        if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+            grid = int(grid[0]), int(grid[1])
+        if self.use_pos_embed and self.pos_embed is not None:
+            x = x + position_on_grid(self.pos_embed, self.grid_size, grid)
         return self.pos_drop(x), grid
 
-    def _block(self, index: int, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _block(self, index: int, x: Tensor, grid: Grid) -> Tensor:
         """One block; before the first with plain attention the class token joins."""
         if index == self.local_up_to_layer and self.cls_token is not None:
             x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
-        block = self.blocks[index]
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, grid, use_reentrant=False)  # type: ignore[no-any-return]
-        return block(x, grid)  # type: ignore[no-any-return]
+            return checkpoint(_on_grid, self.blocks[index], x, grid, use_reentrant=False)
+        return _on_grid(self.blocks[index], x, grid)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, 1 + N, embed_dim): every token after the last norm, the class token first."""
@@ -324,9 +365,15 @@ class ConViT(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features of `forward_features` -> logits, (B, num_classes); with pre_logits what the head would see."""
+        has_class_token = self.cls_token is not None and self.local_up_to_layer < len(self.blocks)
         if self.global_pool == "avg":
-            x = x[:, self.num_prefix_tokens :].mean(dim=1)
+            x = x[:, int(has_class_token) :].mean(dim=1)
         elif self.global_pool == "token":
+            if not has_class_token:
+                raise ValueError(
+                    f"the class token joins before block {self.local_up_to_layer}, and there are {len(self.blocks)}: "
+                    'give the model local_up_to_layer smaller than that, or pool by reset_classifier(classes, "avg")'
+                )
             x = x[:, 0]
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
@@ -338,9 +385,11 @@ class ConViT(nn.Module):
         class says.
 
         Raises:
-            ValueError: images of another shape, or that do not divide into patches.
+            ValueError: as `embed`; or the head sees a class token that joined before none of the blocks left.
         """
         return self.forward_head(self.forward_features(images))
+
+    __prepare_scriptable__ = GPSA.__prepare_scriptable__
 
     # What timm's training, fine-tuning and feature extraction ask of a model.
 
@@ -368,8 +417,10 @@ class ConViT(nn.Module):
             self.global_pool = self._checked_pool(global_pool)
         self.num_classes = num_classes
         weight = next(self.parameters())
-        head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
-        self.head = head.to(weight.device, weight.dtype).train(self.training)
+        self.head = nn.Identity()
+        if num_classes > 0:
+            self.head = nn.Linear(self.embed_dim, num_classes, device=weight.device, dtype=weight.dtype)
+        self.head.train(self.training)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -432,31 +483,66 @@ default_cfgs = generate_default_cfgs(
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: ConViT) -> dict[str, Tensor]:
-    """A state_dict whose positional embedding fits the model's grid; one of another size is taken for a square's."""
+    """A state_dict whose positional embedding fits the model's grid.
+
+    On which grid it is now: that of the image size which timm knows of the weights, or the model's own (first, where
+    they are from a file, of which timm knows nothing), or a square.
+
+    Raises:
+        ValueError: its number of positions is that of none of them.
+    """
     state = dict(state_dict)
-    if model.pos_embed is not None and "pos_embed" in state and state["pos_embed"].shape != model.pos_embed.shape:
-        grid = list(model.patch_embed.grid_size)
-        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], grid, num_prefix_tokens=0)
+    if model.pos_embed is None or "pos_embed" not in state:
+        return state
+    positions = state["pos_embed"].shape[1]
+    config: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
+    arguments: Mapping[str, Any] = getattr(model, "pretrained_model_args", {})  # of the model that was saved
+    height, width = parse_grid(arguments.get("img_size") or config.get("input_size", (1, 1, 1))[1:])
+    described = (height // model.patch_size, width // model.patch_size)
+    from_file = config.get("source") is None and (config.get("file") or config.get("state_dict"))
+    grids = [model.grid_size, described] if from_file else [described, model.grid_size]
+    source = next((grid for grid in [*grids, (math.isqrt(positions),) * 2] if math.prod(grid) == positions), None)
+    if source is None:
+        raise ValueError(
+            f"the weights have a positional embedding of {positions} patches, neither a square nor the model's "
+            f"{model.grid_size[0]} x {model.grid_size[1]}: give the size of the images that they were made for, "
+            "pretrained_cfg_overlay=dict(input_size=(channels, height, width))"
+        )
+    state["pos_embed"] = resample_abs_pos_embed(
+        state["pos_embed"], list(model.grid_size), list(source), num_prefix_tokens=0
+    )
     return state
 
 
-_BUILDER_ARGUMENTS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only", "out_indices")
+_BUILDER_ARGUMENTS = (
+    *("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_model_args", "cache_dir"),
+    *("features_only", "out_indices", "feature_cls"),
+)
 _ARGUMENTS = (*inspect.signature(ConViT).parameters, *_BUILDER_ARGUMENTS)
 
 
 def _constructor(size: str) -> Callable[..., ConViT]:
-    """The function that builds one size, registered with timm as well."""
+    """The function that builds one size; another is registered with timm, which takes timm's arguments."""
 
     def construct(pretrained: bool = False, **arguments: Any) -> ConViT:
         if unknown := [name for name in arguments if name not in _ARGUMENTS]:
             raise TypeError(f"{size} has no arguments {', '.join(unknown)}: allowed are {', '.join(_ARGUMENTS)}")
-        if pretrained and size not in PUBLISHED and not arguments.get("pretrained_cfg_overlay"):
-            raise ValueError(f"no weights are published for {size}: pretrained=True is for {', '.join(PUBLISHED)}")
-        if pretrained and arguments.get("stem", "patch") != "patch":
-            raise ValueError('the published weights have the patch stem: pretrained=True needs stem="patch"')
+        name = _registered(size)
+        if pretrained:
+            source = resolve_pretrained_cfg(
+                name, arguments.get("pretrained_cfg"), arguments.get("pretrained_cfg_overlay")
+            )
+            given = source.file or source.state_dict or source.source
+            if not (given or source.url or source.hf_hub_id):
+                raise ValueError(
+                    f"no weights are published for {size}: pretrained=True is for {', '.join(PUBLISHED)}, or with a "
+                    'file of your own, pretrained_cfg_overlay=dict(file="weights.pth")'
+                )
+            if not given and arguments.get("stem", "patch") != "patch":
+                raise ValueError('the published weights have the patch stem: pretrained=True needs stem="patch"')
         model: ConViT = build_model_with_cfg(
             ConViT,
-            _registered(size),
+            name,
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
             feature_cfg={"out_indices": arguments.pop("out_indices", 3), "feature_cls": "getter"},
@@ -464,13 +550,22 @@ def _constructor(size: str) -> Callable[..., ConViT]:
         )
         return model
 
-    construct.__name__ = construct.__qualname__ = _registered(size)
+    def registered(pretrained: bool = False, **arguments: Any) -> ConViT:
+        widths = SIZES[size] | arguments
+        if size.startswith("convit"):  # timm's ConViT takes the channels of a head, its DeiT those of all of them
+            of_a_head = arguments.get("embed_dim", SIZES[size]["embed_dim"] // SIZES[size]["num_heads"])
+            widths["embed_dim"] = of_a_head * widths["num_heads"]
+        return construct(pretrained, **widths)
+
     architecture = ", ".join(f"{name}={value}" for name, value in SIZES[size].items())
+    construct.__name__ = construct.__qualname__ = size
     construct.__doc__ = (
         f"ConViT({architecture}); takes ConViT's other arguments.\n\n"
         f"pretrained=True takes the published weights through timm; there are some for {', '.join(PUBLISHED)}."
     )
-    register_model(construct)
+    registered.__name__ = registered.__qualname__ = _registered(size)
+    registered.__doc__ = f"`{size}` under timm's name and with timm's meaning of embed_dim."
+    register_model(registered)
     return construct
 
 

@@ -30,6 +30,19 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # for torch.compile 2.10 and 2.11 alike
+def exporting() -> bool:
+    """Whether PyTorch is writing down a program, which must run where this package is not."""
+    return (
+        torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    )
+
+
+def why_later() -> str:
+    """Why backend=None goes on to plain PyTorch although the ops could compute; "" where it need not."""
+    return "an exported program holds PyTorch's operators alone, to run without this package" if exporting() else ""
+
+
 def why_not(*tensors: Tensor) -> str:
     """Why the ops cannot compute with these tensors as they are being differentiated; "" when they can.
 
@@ -141,7 +154,15 @@ def attend(inputs: Inputs, philox: Tensor | None = None) -> Tensor:
     Returns:
         (B, H, N, D) in q's dtype, a view of a contiguous (B, N, H, D) tensor. What the backward reads is saved only
         where something needs a gradient.
+
+    Raises:
+        RuntimeError: torch.jit.trace is at work and gradients are enabled.
     """
+    if torch.jit.is_tracing() and torch.is_grad_enabled():  # type: ignore[attr-defined,no-untyped-call]
+        raise RuntimeError(
+            "torch.jit.trace cannot write down the derivatives of the fused kernels: trace under torch.no_grad(), or "
+            "leave the backend out"
+        )
     q, k, v, pos_weight, gate, grid, scale, dropout_p, _, _ = inputs
     dtype = torch.promote_types(q.dtype, torch.float32)
     # a tensor under torch.func.vmap does not tell whether the one that it stands for needs a gradient

@@ -58,8 +58,7 @@ def relative_position_tables(pos_weight: Tensor, grid_size: int | Sequence[int])
     """
     height, width = parse_plane(grid_size)
     pos_weight = _checked_weight(pos_weight)
-    # an exported program must run where this package is not
-    plain = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or ops.why_not(pos_weight)
+    plain = ops.exporting() or ops.why_not(pos_weight)
     function = eager_tables.relative_position_tables if plain else ops.relative_position_tables
     row_table, col_table = function(pos_weight, height, width)
     return row_table, col_table

@@ -77,7 +77,7 @@ def _trial_copy(module: nn.Module) -> nn.Module:
     new: Any = object.__new__(type(module))
     nn.Module.__init__(new)
     for name, value in vars(module).items():
-        if name not in vars(new):
+        if name not in vars(new) and not inspect.ismethod(value):  # a method would be that of the module
             vars(new)[name] = _on_cpu(value) if isinstance(value, Tensor) else copy.deepcopy(value)
     for name, parameter in module._parameters.items():
         value = None if parameter is None else uniform(*parameter.shape, least=0.5, most=2)  # also where it is a scale
@@ -134,8 +134,8 @@ def _position(module: nn.Module, trial: nn.Module) -> tuple[_Input, Variant]:
     errors: list[Exception] = []
     for grid in grids:
         probe: Any = copy.copy(trial)
-        for own in ("_buffers", "_non_persistent_buffers_set"):  # positions made anew leave no trace in the copy
-            vars(probe)[own] = copy.copy(vars(probe)[own])
+        for name in ("_buffers", "_non_persistent_buffers_set"):  # positions made anew leave no trace in the copy
+            vars(probe)[name] = copy.copy(vars(probe)[name])
         if follows:
             probe.current_grid_size = grid
         try:

@@ -1,10 +1,12 @@
 """What every test runs under."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 
 # Triton's interpreter is chosen for a whole process: those tests have one of their own.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+# Those tools are in an environment of their own. `make test-tools` fails where it collects nothing of the folder.
+if not all(find_spec(name) for name in ("accelerate", "onnxruntime", "opacus", "peft", "torchao")):
+    collect_ignore.append("tools")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,6 +39,12 @@ def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str)
     return str(val).removeprefix("torch.") if isinstance(val, torch.dtype) else None
 
 
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: a test that collects garbage need not look through it, which takes a second."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def seed() -> int:
     return 0
@@ -42,6 +53,18 @@ def seed() -> int:
 @pytest.fixture(autouse=True)
 def seeded(seed: int) -> None:
     torch.manual_seed(seed)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["shares"] = shares
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Of several processes each has its part of the summary."""
+    for name, found in getattr(node, "workeroutput", {}).get("shares", {}).items():
+        shares[name] = max(tuple(found), shares.get(name, (0.0, "")))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -93,6 +93,8 @@ def test_told_to_build_it_fails_instead(sources):
 
 
 def test_without_nvcc_the_cpu_library_is_built(sources):
+    for source in (sources / "csrc").rglob("*.cpp"):
+        source.write_text("")  # the build that these tests run on compiles them
     done = build(sources, CUDA_HOME=str(sources / "nowhere"))
     assert done.returncode == 0, done.stderr
     assert "not building convit_kernels._C_cuda" in done.stderr

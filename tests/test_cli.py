@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import re
 import runpy
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from processes import run_program
 from typer.testing import CliRunner
 
 import convit_kernels as ck
@@ -80,9 +79,8 @@ def test_tune_names_the_dtypes_it_takes():
 
 
 def test_module_runs():
-    done = subprocess.run(
-        [sys.executable, "-m", "convit_kernels", "--help"], capture_output=True, text=True, check=True
-    )
+    program = "import runpy, sys; sys.argv = ['', '--help']\nrunpy.run_module('convit_kernels', run_name='__main__')"
+    done = run_program(program)
     assert "info" in done.stdout
     assert "selfcheck" in done.stdout
     assert "demo" in done.stdout
@@ -90,8 +88,7 @@ def test_module_runs():
 
 def test_the_package_imports_nothing_of_the_command_line():
     program = "import sys, convit_kernels as ck; print({'typer', 'rich', 'convit_kernels.cli'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    assert run_program(program).stdout.strip() == "set()"
 
 
 def test_the_page_in_docs_is_what_the_commands_say():
@@ -155,7 +152,7 @@ class TestMissingPackages:
 
     def test_without_typer(self):
         program = "import sys; sys.modules['typer'] = None; from convit_kernels.__main__ import main; main()"
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        done = run_program(program, check=False)
         assert done.returncode == 1
         assert re.fullmatch(r"the command line needs typer: pip install '?typer\S*\n", done.stderr)
 
@@ -338,26 +335,23 @@ class TestSelfcheck:
         result = run("selfcheck", "--backend", "cudnn")
         assert_refused(result, "unknown --backend 'cudnn': allowed are auto, triton, cpu, composite, reference")
 
+    TRITON = (
+        "import runpy, sys; sys.argv = ['', 'selfcheck', '--backend', 'triton', '--device', 'cpu']\n"
+        "runpy.run_module('convit_kernels', run_name='__main__')"
+    )
+
     def test_on_a_cpu_triton_is_interpreted(self):
-        command = [sys.executable, "-m", "convit_kernels", "selfcheck", "--backend", "triton", "--device", "cpu"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout
+        done = run_program(self.TRITON)
         assert "Triton's interpreter" in done.stdout
 
     def test_without_triton_there_is_one_line(self, tmp_path):
         """In the child, too: the interpreter has a process of its own."""
-        (tmp_path / "sitecustomize.py").write_text(
+        without = (
             "import importlib.util as u\nfind = u.find_spec\n"
             "u.find_spec = lambda name, *package: None if name == 'triton' else find(name, *package)\n"
         )
-        program = (
-            "import runpy, sys; sys.argv = ['', 'selfcheck', '--backend', 'triton', '--device', 'cpu']\n"
-            "runpy.run_module('convit_kernels', run_name='__main__')"
-        )
-        environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-        done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment
-        )
+        (tmp_path / "sitecustomize.py").write_text(without)
+        done = run_program(without + self.TRITON, environment={"PYTHONPATH": f"{tmp_path}:{ROOT}"}, check=False)
         assert done.returncode == 2, done.stderr
         assert "triton is not installed (pip install triton). What can: " in done.stderr
         assert done.stderr.count("\n") == 1

@@ -1,14 +1,12 @@
 """A native library that is missing, broken or stale: one clear warning, and the package works in PyTorch."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_program
 
 import convit_kernels
 from convit_kernels import extension
@@ -38,17 +36,8 @@ def copied(tmp_path: Path) -> Path:
 
 
 def run(package: Path, *path: Path) -> list[str]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (package.parent, *path)))}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env=environment,
-        cwd=package.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return [part.strip() for part in done.stdout.splitlines()[0].split("|")]
+    found = run_program(PROGRAM, package.parent, *path).stdout
+    return [part.strip() for part in found.splitlines()[0].split("|")]
 
 
 class TestMissing:
@@ -132,4 +121,4 @@ def test_all_names_need_torch_alone():
         "import convit_kernels as ck\n"
         "assert GPSA is ck.GPSA and {'models', 'locality', '__version__'} <= set(dir(ck))"
     )
-    subprocess.run([sys.executable, "-c", program], check=True)
+    run_program(program)

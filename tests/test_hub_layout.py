@@ -1,7 +1,6 @@
 """The package as a kernel of a hub: its tree is complete, names no package but torch, and runs under another name."""
 
 import ast
-import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import kernel_units
 import pytest
 import torch
+from processes import run_program
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no reader of TOML")
 ROOT = Path(__file__).parent.parent
@@ -109,8 +109,4 @@ assert "no native library" in kernel.extension.status["_C"]
 layer, x = GPSA(24, num_heads=3).eval(), torch.randn(2, 16, 24)
 torch.testing.assert_close(kernel.layers.GPSA.forward(layer, x), layer(x))
 """
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
-    }
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_program(script, ROOT, tmp_path)

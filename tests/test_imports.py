@@ -13,8 +13,8 @@ PACKAGE = ROOT / "convit_kernels"
 
 # The core, from the top down. What is in no layer (the command line, benchmarks, tuning, equivalence) stands above it.
 LAYERS = [
-    ("models", "locality", "replace"),
-    ("gpsa",),
+    ("models", "locality", "parallel", "replace"),
+    ("gpsa", "patches"),
     ("trial",),
     ("attention", "foreign", "linear"),
     ("backends.*",),

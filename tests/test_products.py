@@ -45,7 +45,7 @@ def compiled(unit: str, folder: Path) -> ctypes.CDLL:
     if unit.endswith("_emulated"):
         flags.append("-DCONVIT_SOFTWARE_TILES")
     library = folder / f"{unit}.so"
-    command = [COMPILER, "-std=c++17", "-O1", "-g0", "-Wall", "-fPIC", "-shared", f"-I{kernel_units.ATTENTION}"]
+    command = [COMPILER, "-std=c++17", "-O0", "-g0", "-Wall", "-fPIC", "-shared", f"-I{kernel_units.ATTENTION}"]
     subprocess.run([*command, *flags, str(SOURCE), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 

@@ -1,7 +1,9 @@
 """What is trained on: subsets, plans of epochs, augmentation, the options of each kind of data."""
 
 import dataclasses
+import math
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -35,6 +37,24 @@ class TestData:
         plan = data.epoch_plan(48, 8, epoch=0, seed=0, repeats=3)
         drawn = [index for batch in plan for index in batch.indices]
         assert len(drawn) == 48 and len(set(drawn)) == 16
+
+    @pytest.mark.parametrize("length", [30, 255, 256, 511, 1000])
+    @pytest.mark.parametrize("world", [1, 2, 3])
+    def test_repeated_augmentation_leaves_an_epoch_as_long_as_it_is(self, length: int, world: int) -> None:
+        """timm's sampler alone draws 256 of 511 images."""
+        for repeats in (1, 2, 3):
+            plans = [
+                data.epoch_plan(length, 10, epoch=0, seed=0, repeats=repeats, rank=rank, world=world)
+                for rank in range(world)
+            ]
+            assert [len(plan) for plan in plans] == [length // world // 10] * world
+            drawn = Counter(index for plan in plans for batch in plan for index in batch.indices)
+            assert drawn.total() == len(plans[0]) * 10 * world
+            assert max(drawn.values()) <= repeats and len(drawn) <= math.ceil(length / repeats) + world
+
+    def test_every_image_has_its_turn_in_some_epoch(self) -> None:
+        plans = [data.epoch_plan(19, 10, epoch=epoch, seed=0, repeats=3) for epoch in range(40)]
+        assert {index for plan in plans for batch in plan for index in batch.indices} == set(range(19))
 
     def test_an_evaluation_counts_each_image_once_in_as_many_batches_for_all(self) -> None:
         plans = [data.evaluation_plan(TEST, 4, rank=rank, world=2) for rank in range(2)]

@@ -59,7 +59,9 @@ def limit(dtype: torch.dtype) -> tuple[float, str]:
     return _limit(dtype, os.environ.get("CONVIT_KERNELS_ISA", ""))
 
 
-def why_slower(inputs: Inputs) -> str:
+def why_later(inputs: Inputs) -> str:
+    if reason := ops.why_later():
+        return reason
     key_bytes, why = limit(inputs.q.dtype)
     if not why:
         return ""

@@ -34,6 +34,10 @@ def why_not(inputs: Inputs | None) -> str:
     return ops.why_not_attend(inputs)
 
 
+def why_later(inputs: Inputs) -> str:
+    return ops.why_later()
+
+
 def attention(inputs: Inputs) -> Tensor:
     """One call of the op `gated_attention`, whose GPU implementation is in triton/attention.py.
 

@@ -181,7 +181,12 @@ class Options(Settings):
     mixup: Annotated[float | None, by_recipe(TRAINING, "mixup", "Mixup's alpha, 0: none.")] = None
     cutmix: Annotated[float | None, by_recipe(TRAINING, "cutmix", "CutMix's alpha, 0: none.")] = None
     repeats: Annotated[
-        int | None, by_recipe(IMAGES, "repeats", "Repeated augmentation: draws of an image, 1: none.")
+        int | None,
+        by_recipe(
+            IMAGES,
+            "repeats",
+            "Repeated augmentation: an epoch, of the same length, draws one of so many images, so often; 1: none.",
+        ),
     ] = None
     crop_padding: Annotated[int | None, by_recipe(IMAGES, "crop_padding", "Random shifts in pixels.")] = None
     img_size: Annotated[int | None, by_recipe(IMAGES, "img_size", "Side of an image in pixels.")] = None

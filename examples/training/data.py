@@ -138,19 +138,23 @@ def seeded(seed: int) -> Iterator[None]:
 def epoch_plan(
     length: int, batch_size: int, *, epoch: int, seed: int, repeats: int = 1, rank: int = 0, world: int = 1
 ) -> list[Batch]:
-    """One process's batches of one epoch, all of them full.
+    """One process's batches of one epoch: as many for each process as the images fill, all of them full.
+
+    Which images are left out, fewer than all processes take in a step, is another draw in each epoch.
 
     Args:
         length: images in the training split.
         batch_size: images of one process in a step.
-        repeats: how often an image is drawn, differently augmented, in an epoch of unchanged length (repeated
-            augmentation, as timm has it).
+        repeats: how often an image is drawn, differently augmented, in an epoch of unchanged length: then one of
+            `repeats` images is drawn in an epoch (repeated augmentation, as timm and DeiT have it, without their
+            rounding).
         rank, world: which process of how many.
     """
     images = range(length)
     sampler: Any
     if repeats > 1:
-        sampler = RepeatAugSampler(images, num_replicas=world, rank=rank, num_repeats=repeats)
+        # timm would round an epoch down to a multiple of 256 images, half of some small sets
+        sampler = RepeatAugSampler(images, num_replicas=world, rank=rank, num_repeats=repeats, selected_round=1)
     else:
         sampler = DistributedSampler(images, num_replicas=world, rank=rank, drop_last=True)  # type: ignore[arg-type]
     sampler.set_epoch(mix_seeds(seed, epoch))
