@@ -117,7 +117,7 @@ class GPSA(nn.Module):
     spacing: float | Sequence[float] = 1.0
     # the grid where neither the layer nor the call has one and the tokens are as many: from the model around the layer
     expected_grid: tuple[int, ...] | None = None
-    _tokens: int | None = None  # in the last call
+    _last_call: tuple[GridSize, int] | None = None  # the grid and the number of tokens
 
     def __init__(
         self,
@@ -219,7 +219,10 @@ class GPSA(nn.Module):
         values[-self.dim :].copy_(torch.eye(self.dim))
         axes = self.variant.axes
         window = window_side(self.num_heads, axes)
-        steps = self.variant.steps(self.spacing, self.grid_size or (window,) * axes)[::-1]
+        own = self.expected_grid if self.grid_size is None else parse_grid(self.grid_size)
+        # where it is divided by sides that are not known yet, as in the reference, which knows no spacing
+        known = self.variant.divided is None or own is not None
+        steps = self.variant.steps(self.spacing, own or (1,) * axes)[::-1] if known else (1.0,) * axes
         for head in range(window**axes):
             places = [head // window**axis % window - (window - 1) / 2 for axis in reversed(range(axes))]
             weights = [2 * place * step for place, step in zip(places, steps, strict=True)]
@@ -312,7 +315,7 @@ class GPSA(nn.Module):
         tokens = x.shape[1]
         grid = self._grid(grid_size, tokens)
         if type(tokens) is int and not torch.compiler.is_compiling():
-            object.__setattr__(self, "_tokens", tokens)  # nn.Module's own takes ten times as long
+            object.__setattr__(self, "_last_call", (grid, tokens))  # nn.Module's own takes ten times as long
         drop = self._child("attn_drop")
         dropout_p = drop.p if drop.training and type(drop) is nn.Dropout else 0.0
         attention = None
@@ -390,22 +393,27 @@ class GPSA(nn.Module):
         distance = by_head.mean().item() if self.variant.mean_distance else by_head
         return (distance, attention) if return_map else distance
 
-    def _features(self, tokens: int, like: Tensor) -> Tensor:
+    def _features(self, tokens: int, like: Tensor, grid_size: GridSize = None) -> Tensor:
         """(N, N, axes + 1) in like's dtype, the offsets and squared distances, in the unit of the spacing."""
-        grid = resolve_grid(self._grid(None, tokens), tokens)
+        grid = resolve_grid(self._grid(grid_size, tokens), tokens)
         wide = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
         return reference.relative_features(grid, wide, self.variant.steps(self.spacing, grid)).to(like.dtype)
 
     def get_rel_indices(self, num_patches: int | None = None) -> Tensor:
         """The positional features of so many tokens (default: of the last call), (1, N, N, 3), as the reference's."""
-        tokens = num_patches or self._tokens or math.prod(self.grid_size or (1,))
-        return self.variant.given(self._features(tokens, self.gate().detach()))[None]
+        own = (1,) if self.grid_size is None else parse_grid(self.grid_size)
+        grid, tokens = self._last_call or (None, math.prod(own))
+        if num_patches not in (None, tokens):
+            grid, tokens = None, num_patches
+        return self.variant.given(self._features(tokens, self.gate().detach(), grid))[None]
 
     @property
     def rel_indices(self) -> Tensor:
         """The positional features of the last call, (1, N, N, 3), made when they are read: nothing here needs them."""
         kept = self._buffers.get("rel_indices")
-        return kept if kept is not None and self._tokens in (None, kept.shape[1]) else self.get_rel_indices()
+        if kept is not None and (self._last_call is None or self._last_call[1] == kept.shape[1]):
+            return kept
+        return self.get_rel_indices()
 
     @property
     def current_grid_size(self) -> GridSize:

@@ -72,6 +72,11 @@ class TestPositionsThatAreRead:
         assert mine.rel_indices.dtype == dtype
         assert torch.equal(mine.rel_indices, theirs.rel_indices)
 
+    def test_on_the_grid_of_the_last_call(self):
+        mine = ck.GPSA(32, 4)
+        mine(torch.randn(1, 16, 32), grid_size=(2, 8))
+        assert torch.equal(mine.rel_indices, ck.GPSA(32, 4, grid_size=(2, 8)).rel_indices)
+
     def test_in_a_model(self):
         theirs, ours = pair()
         for each in (theirs, ours):

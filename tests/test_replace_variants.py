@@ -273,6 +273,24 @@ class TestMapOnRequest:
 
 @pytest.mark.situation(
     "Variants",
+    "several of these in one layer",
+    timm="has no such layer",
+    ours="replaced; the same outputs, gradients and state_dict",
+)
+@pytest.mark.parametrize("mask", [None, TestKeyMask.mask])
+@pytest.mark.parametrize("request_map", [False, True])
+def test_variants_combine(mask, request_map):
+    ours = assert_same(foreign.CombinedGPSA(32, 4), TOKENS, request_map, mask=mask)
+    assert isinstance(ours(TOKENS, return_attention=request_map), tuple) == request_map
+
+
+def test_feature_maps_that_are_not_square():
+    x = torch.randn(2, 32, 3, 4)
+    assert_same(foreign.LuxGPSA(32, 3, 4), x, torch.ones(2, 1, 3, 4, dtype=torch.bool))
+
+
+@pytest.mark.situation(
+    "Variants",
     "noise on the map (BiRT), coordinates given with each call (point clouds)",
     timm="has no such layer",
     ours="refused, with the reason, and nothing is replaced",
