@@ -13,6 +13,7 @@ from . import foreign, trial
 from .attention import NO_SCRIPT, check_backend, gpsa_attention
 from .backends import reference
 from .grid import GridSize, parse_grid, resolve_grid
+from .inputs import checked_mask
 from .linear import project, why_not_plain
 from .ops import exporting
 from .variants import Variant, regular_grid, window_side
@@ -371,7 +372,7 @@ class GPSA(nn.Module):
             attention = reference.attention_map(q, k, self._position_weight(), self.gate(), grid, self.scale, steps)
         if key_mask is None:
             return self.attn_drop(attention.to(dtype))  # type: ignore[no-any-return]
-        mask = (key_mask if key_mask.dim() > 1 else key_mask[None])[:, None, None, :]
+        mask = checked_mask(key_mask, q)[:, None, None, :]
         if self.variant.masks_last:
             attention = self.attn_drop(attention.to(dtype)) * mask
             return (attention / attention.sum(dim=-1, keepdim=True)).to(dtype)  # type: ignore[no-any-return]

@@ -204,6 +204,12 @@ class TestKeyMask:
             results.append(each(x, mask))
         torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
+    def test_a_wrong_shape_is_refused_where_the_map_is_built_too(self):
+        layer = ck.GPSA(32, 4)
+        for call in (lambda mask: layer(TOKENS, key_mask=mask), lambda mask: layer.get_attention(TOKENS, mask)):
+            with pytest.raises(ValueError, match=r"key_mask must have shape \(batch, tokens\)"):
+                call(self.mask[:, :1])
+
     @pytest.mark.parametrize("backend", [backend.name for backend in ck.backends() if backend.available])
     def test_of_our_own_layer(self, backend):
         layer = perturbed(ck.GPSA(32, 4, backend=backend)).eval()
