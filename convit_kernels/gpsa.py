@@ -13,6 +13,7 @@ from . import foreign, trial
 from .attention import NO_SCRIPT, check_backend, gpsa_attention
 from .backends import reference
 from .grid import GridSize, parse_grid, resolve_grid
+from .inputs import checked_mask
 from .linear import project, why_not_plain
 from .ops import exporting
 from .variants import Variant, regular_grid, window_side
@@ -116,6 +117,8 @@ class GPSA(nn.Module):
             `pos_proj` or `attn_drop` has to be called.
     """
 
+    qk: nn.Module
+    v: nn.Module
     proj: nn.Module
     proj_drop: nn.Module
     attn_drop: nn.Module
@@ -125,7 +128,7 @@ class GPSA(nn.Module):
     spacing: float | Sequence[float] = 1.0
     # the grid where neither the layer nor the call has one and the tokens are as many: from the model around the layer
     expected_grid: tuple[int, ...] | None = None
-    _tokens: int | None = None  # in the last call
+    _last_call: tuple[GridSize, int] | None = None  # the grid and the number of tokens
 
     def __init__(
         self,
@@ -227,7 +230,10 @@ class GPSA(nn.Module):
         values[-self.dim :].copy_(torch.eye(self.dim))
         axes = self.variant.axes
         window = window_side(self.num_heads, axes)
-        steps = self.variant.steps(self.spacing, self.grid_size or (window,) * axes)[::-1]
+        own = self.expected_grid if self.grid_size is None else parse_grid(self.grid_size)
+        # where it is divided by sides that are not known yet, as in the reference, which knows no spacing
+        known = self.variant.divided is None or own is not None
+        steps = self.variant.steps(self.spacing, own or (1,) * axes)[::-1] if known else (1.0,) * axes
         for head in range(window**axes):
             places = [head // window**axis % window - (window - 1) / 2 for axis in reversed(range(axes))]
             weights = [2 * place * step for place, step in zip(places, steps, strict=True)]
@@ -239,11 +245,12 @@ class GPSA(nn.Module):
         heads, head_dim = self.num_heads, self.dim // self.num_heads
         found: list[Tensor] = []
         for name in names:
-            out = project(self._child(name), x)
+            layer = self._child(name)
+            out = project(layer, x)
             if len(name) == 1:
                 found.append(out.reshape(x.shape[0], x.shape[1], heads, head_dim))
             else:
-                _check_whole(name, self._child(name), out)
+                _check_whole(name, layer, out)
                 # unbind's gradient is one copy; that of indices would be tensors of zeros, copies and sums
                 parts = out.reshape(x.shape[0], x.shape[1], len(name), heads, head_dim).unbind(2)
                 found += [parts[index] for index in range(len(name))]  # torch.fx cannot count them
@@ -301,7 +308,7 @@ class GPSA(nn.Module):
             gate = gate.flatten()
         return -gate if self.variant.inverted else gate
 
-    def forward(self, x: Tensor, grid_size: GridSize = None, key_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid_size: GridSize = None, *, key_mask: Tensor | None = None) -> Tensor:
         """(B, N, dim) -> (B, N, dim). A grid_size given here is that of this call, before the layer's own."""
         return self._attend(x, grid_size, key_mask)[0]
 
@@ -313,7 +320,7 @@ class GPSA(nn.Module):
         tokens = x.shape[1]
         grid = self._grid(grid_size, tokens)
         if type(tokens) is int and not torch.compiler.is_compiling():
-            object.__setattr__(self, "_tokens", tokens)  # nn.Module's own takes ten times as long
+            object.__setattr__(self, "_last_call", (grid, tokens))  # nn.Module's own takes ten times as long
         drop = self._child("attn_drop")
         dropout_p = drop.p if drop.training and type(drop) is nn.Dropout else 0.0
         attention = None
@@ -369,7 +376,7 @@ class GPSA(nn.Module):
             attention = reference.attention_map(q, k, self._position_weight(), self.gate(), grid, self.scale, steps)
         if key_mask is None:
             return self.attn_drop(attention.to(dtype))  # type: ignore[no-any-return]
-        mask = (key_mask if key_mask.dim() > 1 else key_mask[None])[:, None, None, :]
+        mask = checked_mask(key_mask, q)[:, None, None, :]
         if self.variant.masks_last:
             attention = self.attn_drop(attention.to(dtype)) * mask
             return (attention / attention.sum(dim=-1, keepdim=True)).to(dtype)  # type: ignore[no-any-return]
@@ -391,26 +398,27 @@ class GPSA(nn.Module):
         distance = by_head.mean().item() if self.variant.mean_distance else by_head
         return (distance, attention) if return_map else distance
 
-    def __prepare_scriptable__(self) -> NoReturn:
-        """What torch.jit.script calls first."""
-        raise RuntimeError(NO_SCRIPT)
-
-    def _features(self, tokens: int, like: Tensor) -> Tensor:
+    def _features(self, tokens: int, like: Tensor, grid_size: GridSize = None) -> Tensor:
         """(N, N, axes + 1) in like's dtype, the offsets and squared distances, in the unit of the spacing."""
-        grid = resolve_grid(self._grid(None, tokens), tokens)
+        grid = resolve_grid(self._grid(grid_size, tokens), tokens)
         wide = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
         return reference.relative_features(grid, wide, self.variant.steps(self.spacing, grid)).to(like.dtype)
 
     def get_rel_indices(self, num_patches: int | None = None) -> Tensor:
         """The positional features of so many tokens (default: of the last call), (1, N, N, 3), as the reference's."""
-        tokens = num_patches or self._tokens or math.prod(self.grid_size or (1,))
-        return self.variant.given(self._features(tokens, self.gate().detach()))[None]
+        own = (1,) if self.grid_size is None else parse_grid(self.grid_size)
+        grid, tokens = self._last_call or (None, math.prod(own))
+        if num_patches not in (None, tokens):
+            grid, tokens = None, num_patches
+        return self.variant.given(self._features(tokens, self.gate().detach(), grid))[None]
 
     @property
     def rel_indices(self) -> Tensor:
         """The positional features of the last call, (1, N, N, 3), made when they are read: nothing here needs them."""
         kept = self._buffers.get("rel_indices")
-        return kept if kept is not None and self._tokens in (None, kept.shape[1]) else self.get_rel_indices()
+        if kept is not None and (self._last_call is None or self._last_call[1] == kept.shape[1]):
+            return kept
+        return self.get_rel_indices()
 
     @property
     def current_grid_size(self) -> GridSize:
@@ -420,6 +428,10 @@ class GPSA(nn.Module):
     @current_grid_size.setter
     def current_grid_size(self, grid_size: tuple[int, ...] | None) -> None:
         self.grid_size = grid_size
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script calls first."""
+        raise RuntimeError(NO_SCRIPT)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, grid_size={self.grid_size}, backend={self.backend}"

@@ -45,11 +45,11 @@ def _grids(model: nn.Module) -> dict[nn.Module, tuple[int, ...]]:
 def replace_gpsa(model: nn.Module, *, backend: str | None = None) -> int:
     """Swaps every reference GPSA layer inside a model for `convit_kernels.GPSA`, in place.
 
-    Recognises the classes of facebookresearch/convit, timm, DyTox and VISSL, and those with separate q, k and v; also
-    copies of them in other projects, when a copy of the layer with random parameters gives what ours gives. The outputs
-    stay the same; parameters are the same objects (an optimizer made before goes on working), and training mode,
-    device, dtype, hooks, buffers and state_dict keys are kept. DyTox's layer returns None in place of its attention
-    map.
+    Recognises the classes of facebookresearch/convit, timm and other projects by their parts, when a copy of the layer
+    with random parameters gives what ours gives. The outputs stay the same; parameters are the same objects (an
+    optimizer made before goes on working), and training mode, device, dtype, hooks, buffers and state_dict keys are
+    kept. A layer that always returns its attention map, as DyTox's, returns None in its place unless its
+    `return_attention` is set to True. Where the model tells a patch grid of no square number of patches, it is taken.
 
     Args:
         model: any module that contains GPSA layers; ConViT's attention layers without position are left alone.

@@ -56,6 +56,11 @@ class Variant:
     masks_last: bool = False
 
     @property
+    def has_the_reference_s_parameters(self) -> bool:
+        """Whether they have its names, and its shapes but for the number of positional features."""
+        return self.projections == ("qk", "v") and self.gate == "gating_param" and not self.shaped_gate
+
+    @property
     def is_called_otherwise(self) -> bool:
         """Whether forward takes or gives something else than tokens."""
         return bool(self.images or self.arguments or self.outputs or self.requested)

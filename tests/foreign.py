@@ -413,6 +413,26 @@ class MaskedGPSA(Layer):
 
 
 @named("GPSA")
+class CombinedGPSA(FusedGPSA):
+    """A sequence, qkv in one, the gate inverted, a mask by name and three outputs on request."""
+
+    make_position = OneDimensionalGPSA.make_position
+    get_rel_indices = OneDimensionalGPSA.get_rel_indices
+
+    def gating(self):
+        return 1 - super().gating()
+
+    def forward(self, x, return_attention=False, *, mask=None):
+        self.prepare(x.shape[1])
+        attention, v = self.get_attention(x), self.heads(self.values(x))
+        if mask is not None:
+            attention = attention * mask[:, None, None, :]
+            attention = attention / attention.sum(dim=-1, keepdim=True)
+        out = self.proj_drop(self.proj((attention @ v).transpose(1, 2).flatten(2)))
+        return (out, attention, v) if return_attention else out
+
+
+@named("GPSA")
 class MapOnRequest(Layer):
     """DyTox's descendants: the map if the call asks for it."""
 

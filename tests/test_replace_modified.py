@@ -209,15 +209,17 @@ class TestChildrenThatAreMore:
     @pytest.mark.situation(
         "timm",
         "`quantize_dynamic` of all linear layers, `pos_proj` too, before or after replacing",
-        timm="runs if it was called before: it asks for qk.weight.device",
-        ours="runs in either order: children are called as timm's layer calls them",
+        timm="runs if it was called before, else fails: it asks for qk.weight.device",
+        ours="runs, called before or not, replaced first or last",
     )
     @pytest.mark.parametrize("first", ["quantized", "replaced"])
     @pytest.mark.parametrize("dtype", [torch.qint8, torch.float16])
     def test_quantized_before_and_after(self, first, dtype):
         theirs, x = nn.Sequential(perturbed(timm_layer())).eval(), torch.randn(2, 16, 32)
-        theirs(x)
+        with pytest.raises(AttributeError, match="no attribute 'device'"):
+            torch.ao.quantization.quantize_dynamic(theirs, {nn.Linear}, dtype=dtype)(x)
         ours = copy.deepcopy(theirs)
+        theirs(x)
         theirs, ours = (
             torch.ao.quantization.quantize_dynamic(each, {nn.Linear}, dtype=dtype)
             for each in (theirs, ours if first == "quantized" else nn.Sequential(ck.GPSA.from_module(ours[0])))

@@ -72,6 +72,11 @@ class TestPositionsThatAreRead:
         assert mine.rel_indices.dtype == dtype
         assert torch.equal(mine.rel_indices, theirs.rel_indices)
 
+    def test_on_the_grid_of_the_last_call(self):
+        mine = ck.GPSA(32, 4)
+        mine(torch.randn(1, 16, 32), grid_size=(2, 8))
+        assert torch.equal(mine.rel_indices, ck.GPSA(32, 4, grid_size=(2, 8)).rel_indices)
+
     def test_in_a_model(self):
         theirs, ours = pair()
         for each in (theirs, ours):
@@ -159,7 +164,7 @@ class TestSurgery:
             y = y + block.mlp(block.norm2(y))
         same(y, expected)
 
-    @pytest.mark.situation("timm", "blocks deleted, moved, copied, frozen or given hooks", timm="runs", ours="the same")
+    @pytest.mark.situation("timm", "blocks deleted, moved and copied", timm="runs", ours="the same")
     @pytest.mark.parametrize("first", ["replaced", "changed"])
     def test_blocks_deleted_moved_and_copied(self, first):
         def change(made):

@@ -10,6 +10,7 @@ from foreign import perturbed
 from torch import nn
 
 import convit_kernels as ck
+from convit_kernels import locality
 
 TOKENS = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
 
@@ -46,7 +47,7 @@ class TestParts:
         "Variants",
         "q, k and v as three layers, or fused in one qkv",
         timm="has no such layer",
-        ours="replaced: same outputs, gradients and state_dict",
+        ours="replaced; the same outputs, gradients and state_dict",
     )
     @pytest.mark.parametrize("kind", [foreign.SeparateGPSA, foreign.FusedGPSA])
     @pytest.mark.parametrize("qkv_bias", [False, True])
@@ -57,7 +58,7 @@ class TestParts:
         "Variants",
         "a gate that is 1 - sigmoid of its parameter (ConViTEnc)",
         timm="has no such layer",
-        ours="replaced: same outputs, gradients and state_dict",
+        ours="replaced; the same outputs, gradients and state_dict",
     )
     def test_an_inverted_gate(self):
         ours = assert_same(foreign.InvertedGate(32, 4), TOKENS)
@@ -83,7 +84,7 @@ class TestGrids:
         "Variants",
         "a sequence, features (d, d^2) (TorchSig)",
         timm="has no such layer",
-        ours="replaced: same outputs, gradients and state_dict",
+        ours="replaced; the same outputs, gradients and state_dict",
     )
     @pytest.mark.parametrize("tokens", [5, 16, 30])
     def test_a_line(self, tokens):
@@ -93,7 +94,7 @@ class TestGrids:
         "Variants",
         "volumes, features (dx, dy, dz, d^2) in any order (DIRECT)",
         timm="has no such layer",
-        ours="replaced: same outputs, gradients and state_dict",
+        ours="replaced; the same outputs, gradients and state_dict",
     )
     @pytest.mark.parametrize("grid", [(2, 2, 4), (4, 2, 2), (1, 4, 4)])
     def test_space(self, grid):
@@ -116,7 +117,7 @@ class TestGrids:
         "Variants",
         "offsets of the query from the key, or in another order",
         timm="has no such layer",
-        ours="replaced: same outputs, gradients and state_dict",
+        ours="replaced; the same outputs, gradients and state_dict",
     )
     @pytest.mark.parametrize("kind", [foreign.MirroredGPSA, foreign.RowFirst])
     def test_order_and_sign(self, kind):
@@ -129,7 +130,7 @@ class TestGrids:
         "Variants",
         "coordinates from -1 to 1, whatever the size",
         timm="has no such layer",
-        ours="replaced: same outputs, gradients and state_dict",
+        ours="replaced; the same outputs, gradients and state_dict",
     )
     @pytest.mark.parametrize("tokens", [9, 16, 49])
     def test_scaled_coordinates(self, tokens):
@@ -139,7 +140,7 @@ class TestGrids:
         "Variants",
         "qkv, inverted gate, coordinates from -1 to 1 on 3 x 5 (ConViTEnc)",
         timm="has no such layer",
-        ours="replaced: same outputs, gradients and state_dict",
+        ours="replaced; the same outputs, gradients and state_dict",
     )
     def test_one_scale_for_each_side(self):
         ours = assert_same(foreign.EncoderGPSA(32, 4, grid_size=(3, 5)), torch.randn(2, 15, 32))
@@ -173,7 +174,7 @@ class TestKeyMask:
         "Variants",
         "a key mask on the mixed map, forward(x, mask)",
         timm="has no such layer",
-        ours="replaced: same outputs, gradients and state_dict",
+        ours="replaced; the same outputs, gradients and state_dict",
     )
     @pytest.mark.parametrize("mask", [None, mask, mask.float()])
     def test_of_tokens(self, mask):
@@ -184,7 +185,7 @@ class TestKeyMask:
         "Variants",
         "feature maps with a key mask (Lux-AI)",
         timm="has no such layer",
-        ours="replaced: same outputs, gradients and state_dict",
+        ours="replaced; the same outputs, gradients and state_dict",
     )
     def test_of_feature_maps(self):
         x = TOKENS.transpose(1, 2).unflatten(2, (4, 4))
@@ -202,6 +203,12 @@ class TestKeyMask:
             torch.manual_seed(4)
             results.append(each(x, mask))
         torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+    def test_a_wrong_shape_is_refused_where_the_map_is_built_too(self):
+        layer = ck.GPSA(32, 4)
+        for call in (lambda mask: layer(TOKENS, key_mask=mask), lambda mask: layer.get_attention(TOKENS, mask)):
+            with pytest.raises(ValueError, match=r"key_mask must have shape \(batch, tokens\)"):
+                call(self.mask[:, :1])
 
     @pytest.mark.parametrize("backend", [backend.name for backend in ck.backends() if backend.available])
     def test_of_our_own_layer(self, backend):
@@ -268,6 +275,50 @@ class TestMapOnRequest:
             torch.manual_seed(5)
             results.append(each(TOKENS))
         torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.situation(
+    "Variants",
+    "several of these in one layer",
+    timm="has no such layer",
+    ours="replaced; the same outputs, gradients and state_dict",
+)
+@pytest.mark.parametrize("mask", [None, TestKeyMask.mask])
+@pytest.mark.parametrize("request_map", [False, True])
+def test_variants_combine(mask, request_map):
+    ours = assert_same(foreign.CombinedGPSA(32, 4), TOKENS, request_map, mask=mask)
+    assert isinstance(ours(TOKENS, return_attention=request_map), tuple) == request_map
+
+
+def test_feature_maps_that_are_not_square():
+    x = torch.randn(2, 32, 3, 4)
+    assert_same(foreign.LuxGPSA(32, 3, 4), x, torch.ones(2, 1, 3, 4, dtype=torch.bool))
+
+
+@pytest.mark.situation(
+    "Variants",
+    "noise on the map (BiRT), coordinates given with each call (point clouds)",
+    timm="has no such layer",
+    ours="refused, with the reason, and nothing is replaced",
+)
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (foreign.NoisyMap, "other outputs or gradients in training mode"),
+        (foreign.IrregularGPSA, "forward takes coords"),
+    ],
+)
+def test_other_mathematics_is_refused(make, reason):
+    model = nn.Sequential(make(32, 4))
+    with pytest.raises(TypeError, match=reason):
+        ck.replace_gpsa(model)
+    assert type(model[0]) is make
+
+
+def test_locality_is_for_planes_of_unit_spacing():
+    model = nn.Sequential(ck.GPSA(32, 4, grid_size=(16,)))
+    with pytest.raises(TypeError, match="0: is not on the tokens of a plane with neighbours one apart"):
+        locality.nonlocality(model, TOKENS)
 
 
 @pytest.mark.parametrize(
