@@ -128,7 +128,7 @@ def _on_a_plane(
     return torch.stack((along_x * step, along_y * step, squared * step**2), dim=1), (1, *grid)[-2:], None
 
 
-def _checked_mask(key_mask: Tensor, q: Tensor) -> Tensor:
+def checked_mask(key_mask: Tensor, q: Tensor) -> Tensor:
     """(B, N) or (1, N)."""
     if not isinstance(key_mask, Tensor):
         raise TypeError(f"key_mask must be a tensor, but is a {type(key_mask).__name__}")
@@ -166,5 +166,5 @@ def checked(
         raise ValueError(f"dropout_p must be in [0, 1), but is {dropout_p}")
     pos_weight, grid, steps = _on_a_plane(pos_weight, fitted_grid(sides, q.shape[2]), spacing)
     q, number = _with_scale(q, scale)
-    mask = None if key_mask is None else _checked_mask(key_mask, q)
+    mask = None if key_mask is None else checked_mask(key_mask, q)
     return Inputs(q, k, v, pos_weight, gate, grid, number, dropout_p, steps, mask)

@@ -181,6 +181,8 @@ def _is_plain(module: nn.Module) -> bool:
 def _why_unreadable(layer: nn.Module) -> str:
     """Why a layer's map does not follow from its weights alone; "" when it does."""
     if isinstance(layer, GPSA):
+        if layer.variant.axes != 2 or layer.variant.divided or layer.spacing != 1 or layer.variant.images:
+            return "is not on the tokens of a plane with neighbours one apart"
         return layer.why_dense()
     drop = layer._modules.get("attn_drop")
     why = "" if drop is None else why_not_plain(drop, nn.Dropout, nn.Identity)

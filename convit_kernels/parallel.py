@@ -44,7 +44,7 @@ class ShardHeads(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not looks_like_gpsa(module) and hasattr(module, "num_heads"):
             return module
-        if type(module) is not GPSA:
+        if type(module) is not GPSA or not module.variant.has_the_reference_s_parameters:
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
             raise TypeError(
                 f"ShardHeads takes layers of convit_kernels.GPSA itself, each once, not a {kind}: call replace_gpsa "

@@ -207,6 +207,51 @@ class TestGrids:
         with pytest.raises(ValueError, match="12 tokens form no square grid: pass grid_size"):
             ck.GPSA(32, 4)(torch.randn(1, 12, 32))
 
+    @pytest.mark.parametrize("grid", [(12,), (3, 4), (2, 2, 3)])
+    @pytest.mark.parametrize("backend", [None, "composite", "reference"])
+    def test_one_to_three_dimensions_are_the_explicit_attention(self, grid, backend):
+        spacing = [0.5, 1.5, 2.0][: len(grid)]
+        layer = perturbed(ck.GPSA(32, 4, grid_size=grid, spacing=spacing, backend=backend)).double()
+        places = torch.cartesian_prod(*(torch.arange(side) * step for side, step in zip(grid, spacing, strict=True)))
+        places = places.double().view(12, -1).flip(-1)  # the last axis first
+        offsets = places[None] - places[:, None]
+        features = torch.cat((offsets, offsets.square().sum(-1, keepdim=True)), dim=-1)
+        assert layer.pos_proj.weight.shape == (4, len(grid) + 1)
+        torch.testing.assert_close(layer.get_rel_indices(), features[None])
+        x = torch.randn(2, 12, 32, dtype=torch.float64)
+        q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in (*layer.qk(x).chunk(2, -1), layer.v(x)))
+        g = layer.gating_param.sigmoid()[:, None, None]
+        position = (features @ layer.pos_proj.weight.T).permute(2, 0, 1).softmax(-1)
+        attention = (1 - g) * (q @ k.mT * layer.scale).softmax(-1) + g * position
+        expected = layer.proj((attention @ v).transpose(1, 2).flatten(2))
+        torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-11)
+        torch.testing.assert_close(layer.get_attention(x), attention)
+        distance = (attention * offsets.square().sum(-1).sqrt()).sum((-2, -1)).mean(0) / 12
+        torch.testing.assert_close(layer.get_attention_map(x), distance)
+
+    @pytest.mark.parametrize(("heads", "grid"), [(5, (9,)), (4, (3, 3)), (8, (3, 4, 5)), (27, (3, 4, 5))])
+    def test_local_init_makes_each_head_attend_to_one_neighbour(self, heads, grid):
+        layer = ck.GPSA(heads, heads, locality_strength=50.0, grid_size=grid, spacing=0.3)
+        window = {5: 5, 4: 2, 8: 2, 27: 3}[heads]
+        with torch.no_grad():
+            layer.gating_param.fill_(50.0)
+            layer.local_init(1000.0)
+        middle = [side // 2 for side in grid]
+        weights = layer.position_weight() / (2 * 0.3 * 1000)  # the offsets of the middles, in neighbours
+        offsets = {tuple(round(value, 3) for value in row[:-1].tolist()) for row in weights}
+        assert len(offsets) == heads == window ** len(grid)
+        assert {abs(value) for offset in offsets for value in offset} <= {0.0, 0.5, 1.0, 2.0}
+        if window % 2:  # then the middles are tokens
+            attention = layer.get_attention(torch.randn(1, math.prod(grid), heads))[0]
+            index = lambda place: sum(at * math.prod(grid[axis + 1 :]) for axis, at in enumerate(place))  # noqa: E731
+            looked_at = attention[:, index(middle)].argmax(-1).tolist()
+            places = [[at + int(d) for at, d in zip(middle, reversed(o), strict=True)] for o in sorted(offsets)]
+            assert sorted(looked_at) == sorted(map(index, places))
+
+    def test_a_symbolic_trace_keeps_the_layer_s_grid(self):
+        layer, x = perturbed(ck.GPSA(32, 4, grid_size=(2, 8))), torch.randn(2, 16, 32)
+        assert torch.equal(torch.fx.symbolic_trace(layer)(x), layer(x))
+
     def test_4096_tokens(self):
         assert torch.isfinite(ck.GPSA(8, 2)(torch.randn(1, 4096, 8))).all()
 
@@ -233,6 +278,7 @@ class TestHouse:
             ({"dim": 30, "num_heads": 4}, "dim=30.*num_heads=4"),
             ({"dim": 32, "num_heads": 0}, "num_heads=0"),
             ({"dim": 32, "num_heads": 4, "grid_size": (0, 4)}, "sides of at least 1"),
+            ({"dim": 32, "num_heads": 4, "spacing": (1, 2, 3)}, "one for each of the grid's 2 sides, but is .1, 2, 3."),
             ({"dim": 32, "num_heads": 4, "backend": "fast"}, "unknown backend 'fast'"),
             ({"dim": 32, "num_heads": 4, "attn_drop": 1.5}, "dropout"),
         ],

@@ -15,12 +15,13 @@ PACKAGE = ROOT / "convit_kernels"
 LAYERS = [
     ("models", "locality", "parallel", "replace"),
     ("gpsa", "patches"),
+    ("trial",),
     ("attention", "foreign", "linear"),
     ("backends.*",),
-    ("relpos", "key_mask"),
+    ("relpos", "key_mask", "resample"),
     ("ops",),
-    ("inputs", "eager_attention", "extension", "triton.attention"),
-    ("eager_tables", "extras", "grid", "_ops", "triton.forward", "triton.backward"),
+    ("inputs", "eager_attention", "extension", "flops", "triton.attention"),
+    ("eager_tables", "extras", "grid", "variants", "_ops", "triton.forward", "triton.backward"),
     ("schemas", "triton.common", "triton.configs"),
     ("triton.config_table",),
 ]

@@ -315,7 +315,7 @@ class TestErrors:
 
     def test_a_gpsa_of_other_mathematics(self):
         with pytest.raises(TypeError, match="cannot be replaced exactly: its positional features"):
-            locality.gates(nn.Sequential(foreign.MirroredGPSA(32, 4)))
+            locality.gates(nn.Sequential(foreign.PlainDistanceGPSA(32, 4)))
 
     @pytest.mark.parametrize("layer", [ck.GPSA(32, 4), convit.GPSA(32, 4), convit.MHSA(32, 4)])
     def test_a_map_that_hooks_may_change(self, layer):

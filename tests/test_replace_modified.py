@@ -206,6 +206,36 @@ class TestChildrenThatAreMore:
         ck.replace_gpsa(quantized)
         torch.testing.assert_close(quantized(x), expected, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.situation(
+        "timm",
+        "`quantize_dynamic` of all linear layers, `pos_proj` too, before or after replacing",
+        timm="runs if it was called before, else fails: it asks for qk.weight.device",
+        ours="runs, called before or not, replaced first or last",
+    )
+    @pytest.mark.parametrize("first", ["quantized", "replaced"])
+    @pytest.mark.parametrize("dtype", [torch.qint8, torch.float16])
+    def test_quantized_before_and_after(self, first, dtype):
+        theirs, x = nn.Sequential(perturbed(timm_layer())).eval(), torch.randn(2, 16, 32)
+        with pytest.raises(AttributeError, match="no attribute 'device'"):
+            torch.ao.quantization.quantize_dynamic(theirs, {nn.Linear}, dtype=dtype)(x)
+        ours = copy.deepcopy(theirs)
+        theirs(x)
+        theirs, ours = (
+            torch.ao.quantization.quantize_dynamic(each, {nn.Linear}, dtype=dtype)
+            for each in (theirs, ours if first == "quantized" else nn.Sequential(ck.GPSA.from_module(ours[0])))
+        )
+        if first == "quantized":
+            assert ck.replace_gpsa(ours) == 1
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours[0].get_attention(x), theirs[0].get_attention(x), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("name", ["qk", "v", "proj", "pos_proj", "attn_drop", "proj_drop"])
+    def test_a_child_that_torchscript_has_compiled(self, name):
+        layer, x = perturbed(timm_layer()), torch.randn(2, 16, 32)
+        layer(x)
+        setattr(layer, name, torch.jit.script(getattr(layer, name)))
+        torch.testing.assert_close(ck.GPSA.from_module(layer)(x), layer(x), rtol=1e-4, atol=1e-5)
+
     def test_a_weight_that_is_a_tensor_of_another_kind(self):
         layer = perturbed(timm_layer())
         layer.pos_proj.weight = nn.Parameter(TwoTensor(layer.pos_proj.weight.detach(), layer.pos_proj.weight.detach()))

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "convit_kernels"
 PAGES = [ROOT / "docs" / name for name in ("troubleshooting.md", "drop-in.md", "gpu-kernels.md")]
 PUBLIC = [PACKAGE / f"{name}.py" for name in ("attention", "extension", "foreign", "gpsa", "grid", "inputs", "linear")]
 PUBLIC += [PACKAGE / f"{name}.py" for name in ("locality", "models", "ops", "parallel", "patches", "relpos", "replace")]
+PUBLIC += [PACKAGE / "trial.py"]
 for folder in ("convit_kernels/backends", "convit_kernels/bench", "convit_kernels/cli", "examples/training"):
     PUBLIC += sorted((ROOT / folder).glob("*.py"))
 # what PyTorch and timm say, not this package
@@ -19,6 +20,7 @@ FOREIGN = {
     "LocalEntryNotFoundError",
     "No module named 'timm'",
     "performance drop",
+    "must match the existing size",
 }
 
 
@@ -49,7 +51,7 @@ def strings(node: ast.AST) -> Iterator[str]:
 
 def messages(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Line and pieces of each message that a module raises, warns of, ends a command with, or returns as a reason."""
-    returns_reasons = path.parent.name == "backends" or path.stem == "foreign"
+    returns_reasons = path.parent.name == "backends" or path.stem in ("foreign", "trial")
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
             text: ast.AST | None = node.exc.args[0]
