@@ -139,7 +139,7 @@ def tokens_on_grid(x: Tensor, image_shape: Sequence[int], claimed: Grid | None) 
     tokens = x.shape[1]
     if claimed is not None and claimed[0] * claimed[1] == tokens:
         return x, claimed
-    side = math.isqrt(tokens)
+    side = math.trunc(tokens**0.5)  # math.isqrt would fix a number that is symbolic
     if side * side == tokens and (len(image_shape) != 4 or image_shape[2] == image_shape[3]):
         return x, (side, side)
     raise ValueError(
