@@ -122,7 +122,7 @@ def _hooks(module: nn.Module) -> str:
     return ""
 
 
-def _is_own(module: nn.Module, name: str) -> bool:
+def is_own(module: nn.Module, name: str) -> bool:
     """Whether what stands on the instance is the class's method, which accelerate leaves there with its last hook."""
     value = vars(module)[name]
     return inspect.ismethod(value) and value.__self__ is module and value.__func__ is getattr(type(module), name, None)
@@ -131,7 +131,7 @@ def _is_own(module: nn.Module, name: str) -> bool:
 def _methods(module: nn.Module) -> str:
     """What its class defines beside the reference's methods, and what stands on the instance in place of a method."""
     cls = type(module)
-    patched = [name for name in vars(module) if callable(getattr(cls, name, None)) and not _is_own(module, name)]
+    patched = [name for name in vars(module) if callable(getattr(cls, name, None)) and not is_own(module, name)]
     if patched:
         return f"its {', '.join(patched)} has been set on the layer itself: undo that first"
     computed = [name for name in (*GATES, "scale") if isinstance(getattr(cls, name, None), property)]

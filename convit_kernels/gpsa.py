@@ -69,6 +69,16 @@ def _is_distributed(tensor: Tensor | None) -> bool:
     return type(tensor) is not nn.Parameter and hasattr(tensor, "placements")
 
 
+def _check_whole(name: str, layer: nn.Module, out: Tensor) -> None:
+    """Raises RuntimeError where a layer for queries and keys was sharded by rows, and so not by heads."""
+    weight = dict(layer._parameters).get("weight")  # of a ScriptModule these are no dictionary
+    if weight is not None and _is_distributed(weight) and out.shape[-1] != weight.shape[0]:
+        raise RuntimeError(
+            f"{name} gave {out.shape[-1]} of its {weight.shape[0]} channels, which are all queries and then all keys: "
+            "not those of the same heads; shard the layer by convit_kernels.parallel.ShardHeads"
+        )
+
+
 class GPSA(nn.Module):
     """Gated positional self-attention (d'Ascoli et al., 2021, arXiv 2103.10697), a drop-in for the reference layer.
 
@@ -240,13 +250,7 @@ class GPSA(nn.Module):
             if len(name) == 1:
                 found.append(out.reshape(x.shape[0], x.shape[1], heads, head_dim))
             else:
-                weight: Any = layer._parameters.get("weight") if isinstance(layer, nn.Linear) else None
-                if _is_distributed(weight) and out.shape[-1] != weight.shape[0]:
-                    raise RuntimeError(
-                        f"{name} gave {out.shape[-1]} of its {weight.shape[0]} channels, all queries first and then "
-                        "all keys: a rank has not the two of the same heads; shard the layer by "
-                        "convit_kernels.parallel.ShardHeads"
-                    )
+                _check_whole(name, layer, out)
                 # unbind's gradient is one copy; that of indices would be tensors of zeros, copies and sums
                 parts = out.reshape(x.shape[0], x.shape[1], len(name), heads, head_dim).unbind(2)
                 found += [parts[index] for index in range(len(name))]  # torch.fx cannot count them
@@ -304,7 +308,7 @@ class GPSA(nn.Module):
             gate = gate.flatten()
         return -gate if self.variant.inverted else gate
 
-    def forward(self, x: Tensor, grid_size: GridSize = None, *, key_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid_size: GridSize = None, key_mask: Tensor | None = None) -> Tensor:
         """(B, N, dim) -> (B, N, dim). A grid_size given here is that of this call, before the layer's own."""
         return self._attend(x, grid_size, key_mask)[0]
 

@@ -6,7 +6,7 @@ two ranks one would get the queries and the other the keys; and no style reaches
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -15,7 +15,6 @@ from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel, pa
 
 from .foreign import looks_like_gpsa
 from .gpsa import GPSA
-from .grid import GridSize
 from .linear import why_not_plain
 
 __all__ = ["ShardHeads"]
@@ -51,7 +50,9 @@ class ShardHeads(ParallelStyle):
                 f"ShardHeads takes layers of convit_kernels.GPSA itself, each once, not a {kind}: call replace_gpsa "
                 "first, or leave it out of the plan"
             )
-        for name in ("qk", "v", "proj", "pos_proj"):
+        if further := set(module._parameters) - {"gating_param"}:
+            raise TypeError(f"the layer has {', '.join(further)}, not known to be by heads: leave it out of the plan")
+        for name in (*_projections(module), "pos_proj", "proj"):
             if why := why_not_plain(getattr(module, name), nn.Linear):
                 raise TypeError(f"the layer's {name} {why}: shard its heads first, and change it then")
         ranks = device_mesh.size()
@@ -60,7 +61,7 @@ class ShardHeads(ParallelStyle):
                 f"{module.num_heads} heads cannot be shared equally by a mesh of shape {tuple(device_mesh.shape)}: "
                 "take a mesh of one dimension, whose size divides the number of heads"
             )
-        for layer, name in _by_rows(module):
+        for layer, name, _ in _by_rows(module):
             parameter = layer._parameters[name]
             assert parameter is not None
             sharded = distribute_tensor(parameter, device_mesh, [Shard(0)], src_data_rank=self.src_data_rank)
@@ -74,37 +75,47 @@ class ShardHeads(ParallelStyle):
 class _HeadsOfARank(GPSA):
     """A layer whose dim and num_heads are those of one rank, and whose parameters are DTensors between calls."""
 
-    def forward(self, x: Tensor, grid_size: GridSize = None, *, key_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         with _local(self) as mesh:
             # whole and the same everywhere; its gradient is a sum over what each rank's heads made of it
             whole = DTensor.from_local(x, mesh, [Replicate()]).to_local(grad_placements=[Partial()])
-            return super().forward(whole, grid_size, key_mask=key_mask)
+            return super().forward(whole, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, on each rank"
 
 
-def _by_rows(layer: GPSA) -> list[tuple[nn.Module, str]]:
-    """The parameters with a row, or several, for each head."""
-    owners = (layer.qk, layer.v, layer.pos_proj)
-    return [(layer, "gating_param")] + [(each, name) for each in owners for name, p in each.named_parameters()]
+def _projections(layer: GPSA) -> list[str]:
+    """The names of its linear layers for queries, keys and values: a letter for each."""
+    return [name for name in ("qkv", "qk", "q", "k", "v") if name in layer._modules]
+
+
+def _by_rows(layer: GPSA) -> list[tuple[nn.Module, str, int]]:
+    """The parameters with rows for each head: their owner, name, and how many such sets of rows they have in turn."""
+    owners = {"pos_proj": 1} | {name: len(name) for name in _projections(layer)}
+    found: list[tuple[nn.Module, str, int]] = [(layer, "gating_param", 1)]
+    for child, sets in owners.items():
+        owner = getattr(layer, child)
+        found += [(owner, name, sets) for name, _ in owner.named_parameters()]
+    return found
 
 
 @contextmanager
 def _local(layer: GPSA) -> Iterator[DeviceMesh]:
     """The rows of this rank's heads as the layer's parameters, differentiable; gives the mesh."""
-    held = [(owner, name, cast(DTensor, owner._parameters[name])) for owner, name in _by_rows(layer)]
+    held = [(owner, name, sets, cast(DTensor, owner._parameters[name])) for owner, name, sets in _by_rows(layer)]
     try:
-        for owner, name, parameter in held:
-            rows = _of_own_heads(parameter) if owner is layer.qk else parameter.to_local()
-            owner._parameters[name] = rows  # type: ignore[assignment]  # no leaf, so no nn.Parameter
-        yield held[0][2].device_mesh
+        for owner, name, sets, parameter in held:
+            owner._parameters[name] = _of_own_heads(parameter, sets)  # type: ignore[assignment]  # no leaf
+        yield held[0][3].device_mesh
     finally:
-        for owner, name, parameter in held:
+        for owner, name, _, parameter in held:
             owner._parameters[name] = parameter  # type: ignore[assignment]  # a DTensor that is an nn.Parameter
 
 
-def _of_own_heads(parameter: DTensor) -> Tensor:
-    """(2 dim, ...), sharded anyhow -> the rows of this rank's queries, then those of its keys."""
-    queries_and_keys = parameter.redistribute(placements=[Replicate()]).unflatten(0, (2, -1))
-    return cast(DTensor, queries_and_keys).redistribute(placements=[Shard(1)]).to_local().flatten(0, 1)
+def _of_own_heads(parameter: DTensor, sets: int) -> Tensor:
+    """(rows, ...), sharded by rows -> this rank's share of each set of rows."""
+    if sets == 1:
+        return parameter.to_local()
+    by_set = cast(DTensor, parameter.redistribute(placements=[Replicate()]).unflatten(0, (sets, -1)))
+    return by_set.redistribute(placements=[Shard(1)]).to_local().flatten(0, 1)

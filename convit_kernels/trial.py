@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from .foreign import DROPOUTS, GATES, feature_count, is_linear, projections, requests
+from .foreign import DROPOUTS, GATES, feature_count, is_linear, is_own, projections, requests
 from .variants import Variant, regular_grid
 
 _BATCH = 2
@@ -77,7 +77,7 @@ def _trial_copy(module: nn.Module) -> nn.Module:
     new: Any = object.__new__(type(module))
     nn.Module.__init__(new)
     for name, value in vars(module).items():
-        if name not in vars(new) and not inspect.ismethod(value):  # a method would be that of the module
+        if name not in vars(new) and not is_own(module, name):
             vars(new)[name] = _on_cpu(value) if isinstance(value, Tensor) else copy.deepcopy(value)
     for name, parameter in module._parameters.items():
         value = None if parameter is None else uniform(*parameter.shape, least=0.5, most=2)  # also where it is a scale

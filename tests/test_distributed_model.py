@@ -237,6 +237,9 @@ def by_rows_of_qk(by_hand: bool) -> None:
     model = replaced()
     layer, mesh, rows = model.blocks[0].attn, init_device_mesh("cpu", (2,)), slice(2 * get_rank(), 2 * get_rank() + 2)
     parallelize_module(layer.qk, mesh, ColwiseParallel())
+    theirs = parallelize_module(timm_model(), mesh, {"blocks.0.attn.qk": ColwiseParallel()})
+    with pytest.raises(RuntimeError, match=r"shape .* is invalid"):
+        theirs(images()[0])
     if by_hand:  # the rest as if rank 0 had the first two heads
         layer.dim, layer.num_heads, rows = (
             layer.dim // 2,

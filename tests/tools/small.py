@@ -1,4 +1,4 @@
-"""A small ConViT of timm's and the same with its GPSA layers replaced."""
+"""A small ConViT of timm's, the same with its GPSA layers replaced, and the package's own."""
 
 import copy
 from typing import Any
@@ -28,6 +28,16 @@ def replaced(model: nn.Module | None = None) -> nn.Module:
     model = timm_model() if model is None else copy.deepcopy(model)
     assert ck.replace_gpsa(model) == 2
     return model
+
+
+def own_model() -> nn.Module:
+    """The package's own model with timm's parameters."""
+    model = ck.models.ConViT(embed_dim=32, num_classes=5, **SIZES).eval()
+    model.load_state_dict(timm_model().state_dict())
+    return model
+
+
+MODELS = {"replaced": replaced, "ck.models": own_model}
 
 
 def images(count: int = 3) -> Tensor:

@@ -3,20 +3,18 @@
 import onnxruntime
 import pytest
 import torch
-from small import images, same, timm_model
-
-import convit_kernels as ck
+from small import MODELS, images, same, timm_model
 
 
+@pytest.mark.parametrize("make", MODELS)
 @pytest.mark.situation(
     "Exporting",
     "`torch.onnx.export(dynamo=True)`, run by onnxruntime with another batch size",
     timm="works",
-    ours='the same outputs; no operator of the package\'s own with `backend="composite"`',
+    ours="the same outputs, with the layers that take the fused kernels in PyTorch",
 )
-def test_onnx_with_another_batch_size(tmp_path):
-    theirs, model = timm_model(), timm_model()
-    assert ck.replace_gpsa(model, backend="composite") == 2
+def test_onnx_with_another_batch_size(make, tmp_path):
+    theirs, model = timm_model(), MODELS[make]()
     program = torch.onnx.export(
         model, (images(2),), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False
     )

@@ -4,17 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from opacus import GradSampleModule, PrivacyEngine
-from small import SIZES, images, replaced, same, timm_model
+from small import MODELS, images, same, timm_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import convit_kernels as ck
-
-
-def own_model() -> nn.Module:
-    model = ck.models.ConViT(embed_dim=32, num_classes=5, **SIZES)
-    model.load_state_dict(timm_model().state_dict())
-    return model
 
 
 def without_buffers(model: nn.Module) -> nn.Module:
@@ -44,9 +38,6 @@ def by_hand(model: nn.Module) -> dict[str, Tensor]:
     return {name: torch.stack(gradients) for name, gradients in found.items()}
 
 
-MODELS = {"replaced": lambda: without_buffers(replaced()), "ck.models": own_model}
-
-
 @pytest.mark.parametrize("frozen", [False, True], ids=["all trained", "embeddings frozen"])
 @pytest.mark.parametrize("make", MODELS)
 @pytest.mark.situation(
@@ -60,7 +51,7 @@ def test_gradients_for_each_image(make, frozen):
     with pytest.raises(NotImplementedError, match="buffers"):
         GradSampleModule(freeze(timm_model(), frozen))
     for force_functorch in (False, True):
-        model = freeze(MODELS[make](), frozen)
+        model = freeze(without_buffers(MODELS[make]()), frozen)
         wrapped = GradSampleModule(model, force_functorch=force_functorch)
         F.cross_entropy(wrapped(images()), torch.arange(3)).backward()
         same({name: model.get_parameter(name).grad_sample for name in expected}, expected)
@@ -91,4 +82,4 @@ def test_private_training(make, mode):
     expected = private_steps(freeze(without_buffers(timm_model()), True), mode)
     before = timm_model().head.weight
     assert (expected["head.weight"] - before).abs().max() > 1e-3
-    same(private_steps(freeze(MODELS[make](), True), mode), expected)
+    same(private_steps(freeze(without_buffers(MODELS[make]()), True), mode), expected)
