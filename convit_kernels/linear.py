@@ -166,6 +166,16 @@ def choice() -> tuple[bool, str]:
     return (True, f"{VARIABLE}=1") if wish else _faster()
 
 
+def _hooks_on_every_module() -> bool:
+    """Whether there are others than those of torch's ModuleTracker, which notes whose turn it is for a FLOP counter."""
+    module = nn.modules.module
+    if not module._has_any_global_hook():
+        return False
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    hooks = [hook for kind in kinds for hook in getattr(module, f"_global_{kind}").values()]
+    return not all(type(getattr(hook, "__self__", None)).__name__ == "ModuleTracker" for hook in hooks)
+
+
 def why_not_plain(layer: nn.Module, *kinds: type[nn.Module]) -> str:
     """Why calling the layer is more than the forward of one of these classes on what it holds; "" when it is not."""
     if type(layer) not in kinds:
@@ -175,7 +185,7 @@ def why_not_plain(layer: nn.Module, *kinds: type[nn.Module]) -> str:
     # the class's own is what accelerate leaves there when it takes its hooks off
     if "forward" in vars(layer) and vars(layer)["forward"] != type(layer).forward.__get__(layer):
         return "has a forward of its own"
-    if nn.modules.module._has_any_global_hook():
+    if _hooks_on_every_module():
         return "is seen by hooks on every module"
     return ""
 
@@ -190,6 +200,7 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
         and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]  # it does not know the op
         and isinstance(layer, nn.Linear)
         and not why_not_plain(layer, nn.Linear)
+        and not nn.modules.module._has_any_global_hook()  # a FLOP counter does not know oneDNN's product
         and type(layer.weight) is nn.Parameter
         and type(x) is Tensor
         and x.device.type == "cpu"

@@ -239,7 +239,7 @@ class ConViT(nn.Module):
 
         drop_path = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()  # also where the default is "meta"
         with torch.device(torch.get_default_device() if device is None else device):
-            self.patch_embed = PatchEmbed((height, width), patch_size, in_chans, embed_dim, strict_img_size=False)
+            self.patch_embed = PatchEmbed((height, width), patch_size, in_chans, embed_dim)
             if stem == "conv":
                 self.patch_embed.register_module("proj", ConvStem(in_chans, embed_dim, patch_size))
             self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if self.num_prefix_tokens else None
@@ -305,7 +305,7 @@ class ConViT(nn.Module):
             # the trace is for this size: another ends with an error, also where it makes as many patches
             images = images.expand(-1, -1, *map(int, images.shape[2:]))
         patches = self.patch_embed
-        x = patches(images, any_size=True) if isinstance(patches, PatchEmbed) else patches(images)
+        x = patches(images, any_grid=True) if isinstance(patches, PatchEmbed) else patches(images)
         claimed = patches.dynamic_feat_size(images.shape[2:]) if hasattr(patches, "dynamic_feat_size") else None
         found = tokens_on_grid(x, images.shape, claimed)
         x, grid = found[0], found[1]

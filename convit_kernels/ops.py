@@ -19,6 +19,7 @@ from . import (
     extension,  # noqa: F401  (loading it registers the native kernels)
 )
 from ._ops import add_op_namespace_prefix, ops
+from .flops import tell_counters
 from .inputs import Inputs
 from .schemas import SCHEMAS
 
@@ -32,10 +33,11 @@ def transformed() -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # for torch.compile 2.10 and 2.11 alike
 def exporting() -> bool:
-    """Whether PyTorch is writing down a program, which must run where this package is not."""
-    return (
-        torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    )
+    """Whether PyTorch is writing down a program, which must run where this package is not.
+
+    torch.onnx.export does so in the one way or the other.
+    """
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
 
 
 def why_later() -> str:
@@ -163,6 +165,8 @@ def attend(inputs: Inputs, philox: Tensor | None = None) -> Tensor:
             "torch.jit.trace cannot write down the derivatives of the fused kernels: trace under torch.no_grad(), or "
             "leave the backend out"
         )
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0:
+        tell_counters()
     q, k, v, pos_weight, gate, grid, scale, dropout_p, _, _ = inputs
     dtype = torch.promote_types(q.dtype, torch.float32)
     # a tensor under torch.func.vmap does not tell whether the one that it stands for needs a gradient
@@ -253,6 +257,8 @@ def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 
 
 def _attention_vjp(ctx: Any, d_out: Tensor, d_lse: Tensor, d_content: Tensor) -> tuple[Tensor | None, ...]:
+    if torch._C._len_torch_dispatch_stack() > 0:
+        tell_counters()
     saved = ctx.saved_tensors
     philox = saved[7] if ctx.has_philox else None
     return *gated_attention_backward(d_out, *saved[:7], *ctx.settings, philox), *(None,) * 6

@@ -6,14 +6,17 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from timm.layers import ConvNormAct, resample_abs_pos_embed
+from timm.layers import ConvNormAct
 from timm.layers import PatchEmbed as TimmPatchEmbed
 from torch import Tensor, nn
 
+from .resample import resample_position
+
 Grid = tuple[int, int]
 
-# torch.fx keeps it as one call: its checks read shapes, which a symbolic trace does not have
-torch.fx.wrap("_checked")
+# torch.fx keeps them as one call each: they read shapes, which a symbolic trace does not have
+torch.fx.wrap("_checked_images")
+torch.fx.wrap("_checked_patches")
 
 
 class ConvStem(nn.Sequential):
@@ -40,35 +43,46 @@ def check_divides(height: int, width: int, patch: Grid) -> None:
         )
 
 
-def _checked(images: Tensor, channels: int | None, patch: Grid | None, made_for: Grid | None) -> Tensor:
+def _checked_images(images: Tensor, channels: int | None, patch: Grid | None) -> Tensor:
     """The images; None for whatever is not to be checked."""
     if images.dim() != 4 or (channels is not None and images.shape[1] != channels):
         raise ValueError(
             f"images must have shape (batch, {channels or 'channels'}, height, width), but have {tuple(images.shape)}"
         )
-    height, width = images.shape[2:]
     if patch is not None:
-        check_divides(height, width, patch)
-    if made_for is not None and (height, width) != made_for:
-        raise ValueError(
-            f"an image of {height} x {width} pixels, but the patches are those of {made_for[0]} x {made_for[1]}, for "
-            "which the blocks were made: model.embed(images) takes any size and returns the grid, for block(x, grid)"
-        )
+        check_divides(images.shape[2], images.shape[3], patch)
     return images
+
+
+def _checked_patches(x: Tensor, made_for: Grid) -> Tensor:
+    """The patches, (B, C, rows, columns), on the grid for which a block alone takes so many."""
+    rows, columns = x.shape[2:]
+    if (rows, columns) != (made_for if made_for[0] != made_for[1] else (rows, rows)):
+        takes = "square" if made_for[0] == made_for[1] else f"of {made_for[0]} x {made_for[1]}"
+        raise ValueError(
+            f"patches in {rows} rows and {columns} columns, but a block alone takes its grid to be {takes}: call "
+            "x, grid = model.embed(images), and then block(x, grid)"
+        )
+    return x
 
 
 class PatchEmbed(TimmPatchEmbed):
     """timm's; `proj` may be replaced by any convolution, and the grid is that of the convolution that is there.
 
-    As with timm the images must have the size that it was made for, unless any_size: who calls patches and blocks by
-    hand gets no patches on another grid than the blocks take them for.
+    Who calls patches and blocks by hand gets no patches on another grid than the blocks take them for: only on the grid
+    that the blocks were made for, or any square one where that is square. The model asks for any_grid.
 
     Shapes:
         forward: (B, in_chans, H, W) -> (B, N, embed_dim), the patches in row-major order.
 
     Raises:
-        ValueError: in forward, images of another shape or size, or that do not divide into the model's own patches.
+        ValueError: in forward, images of another shape, or that do not divide into the model's own patches; or patches
+            on another grid.
     """
+
+    def __init__(self, img_size: tuple[int, int], patch_size: int, in_chans: int, embed_dim: int) -> None:
+        super().__init__(img_size, patch_size, in_chans, embed_dim, strict_img_size=False)
+        self.made_for: Grid = self.grid_size
 
     def _window(self) -> tuple[Grid, Grid, Grid] | None:
         """Pixels that a patch sees, that patches lie apart, and that both borders add; None without a convolution."""
@@ -92,7 +106,7 @@ class PatchEmbed(TimmPatchEmbed):
         Where `proj` has been replaced by something else than a convolution, those of patches of patch_size.
         """
         window = self._window()
-        if window is None or self._own():
+        if window is None:
             return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
         seen, apart, added = window
         return (
@@ -100,10 +114,12 @@ class PatchEmbed(TimmPatchEmbed):
             (img_size[1] + added[1] - seen[1]) // apart[1] + 1,
         )
 
-    def forward(self, x: Tensor, any_size: bool = False) -> Tensor:
+    def forward(self, x: Tensor, any_grid: bool = False) -> Tensor:
         channels = self.proj.in_channels or None if isinstance(self.proj, nn.Conv2d) else None  # 0: lazy, not known yet
         patch = self.patch_size if self._own() else None
-        x = self.proj(_checked(x, channels, patch, None if any_size else self.img_size))
+        x = self.proj(_checked_images(x, channels, patch))
+        if not any_grid:
+            x = _checked_patches(x, self.made_for)
         return self.norm(x.flatten(2).transpose(1, 2) if self.flatten else x)  # type: ignore[no-any-return]
 
 
@@ -123,7 +139,7 @@ def tokens_on_grid(x: Tensor, image_shape: Sequence[int], claimed: Grid | None) 
     tokens = x.shape[1]
     if claimed is not None and claimed[0] * claimed[1] == tokens:
         return x, claimed
-    side = math.isqrt(tokens)
+    side = math.trunc(tokens**0.5)  # math.isqrt would fix a number that is symbolic
     if side * side == tokens and (len(image_shape) != 4 or image_shape[2] == image_shape[3]):
         return x, (side, side)
     raise ValueError(
@@ -148,5 +164,4 @@ def position_on_grid(pos_embed: Tensor, made_for: Grid, grid: Grid) -> Tensor:
         raise ValueError(
             f"pos_embed has {positions} positions, neither a square nor the {grid[0]} x {grid[1]} patches of the images"
         )
-    resampled: Tensor = resample_abs_pos_embed(pos_embed, list(grid), list(made_for), num_prefix_tokens=0)
-    return resampled
+    return resample_position(pos_embed, made_for, grid)

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 # Triton's interpreter is chosen for a whole process: those tests have one of their own.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+TOOLS = ("accelerate", "onnxruntime", "onnxscript", "opacus", "peft", "ptflops", "torchao", "torchinfo")
 # Those tools are in an environment of their own. `make test-tools` fails where it collects nothing of the folder.
-if not all(find_spec(name) for name in ("accelerate", "onnxruntime", "onnxscript", "opacus", "peft", "torchao")):
+if not all(find_spec(name) for name in TOOLS):
     collect_ignore.append("tools")
 
 

@@ -180,11 +180,12 @@ class TestSizes:
         timm="refused: one size",
         ours="`ck.models`: any that divides into patches, square or not",
     )
-    @pytest.mark.parametrize("made_for", [(32, 32), (32, 48)])
-    def test_any_height_and_width(self, made_for):
+    @pytest.mark.parametrize(("made_for", "strict"), [((32, 32), False), ((32, 48), True)])
+    def test_any_height_and_width(self, made_for, strict):
         model, example = ours(made_for), torch.randn(2, 3, 32, 48)
         rows, columns = torch.export.Dim("rows", min=2, max=64), torch.export.Dim("columns", min=2, max=64)
-        program = torch.export.export(model, (example,), dynamic_shapes=({0: DYNAMIC, 2: 8 * rows, 3: 8 * columns},))
+        sizes = {0: DYNAMIC, 2: 8 * rows, 3: 8 * columns}
+        program = torch.export.export(model, (example,), strict=strict, dynamic_shapes=(sizes,))
         assert operators(program) == {"aten"}
         run = program.module()
         for size in ((2, 32, 48), (3, 48, 32), (2, 32, 32), (2, 16, 80)):

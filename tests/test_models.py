@@ -168,6 +168,12 @@ class TestImages:
         with torch.no_grad():
             assert torch.isfinite(model(torch.randn(1, 3, 224, 320))).all()
 
+    @pytest.mark.situation(
+        "timm",
+        "images of another size or shape than the model was made for",
+        timm="refused",
+        ours="`convit_tiny_fused` takes any that divide into patches",
+    )
     @pytest.mark.parametrize("made_for", [(32, 32), (16, 64)])
     @pytest.mark.parametrize("size", [(32, 56), (56, 32), (64, 16), (24, 24)])
     def test_other_sizes_equal_a_model_made_for_them(self, made_for, size):
@@ -180,6 +186,8 @@ class TestImages:
         made.load_state_dict(model.state_dict() | {"pos_embed": table})
         images = torch.randn(2, 3, *size)
         torch.testing.assert_close(model(images), made(images), rtol=1e-5, atol=1e-5)
+        with pytest.raises(AssertionError, match="doesn't match model"):
+            timm_small(img_size=made_for)(images)
 
     @pytest.mark.parametrize("size", [(16, 64), (64, 16)])
     def test_every_gpsa_layer_sees_the_image_s_grid(self, size):
@@ -286,7 +294,15 @@ class TestAblations:
 
 
 class TestTraining:
+    @pytest.mark.situation(
+        "timm",
+        "`model.set_grad_checkpointing()`",
+        timm="refused",
+        ours="`convit_tiny_fused` does it, with the same gradients",
+    )
     def test_checkpointed_gradients_are_the_same(self):
+        with pytest.raises(AssertionError, match="gradient checkpointing not supported"):
+            timm_small().set_grad_checkpointing()
         model = perturb(small(pos_drop_rate=0.1, proj_drop_rate=0.1, drop_path_rate=0.1)).train()
         images = torch.randn(2, 3, 32, 48)
 

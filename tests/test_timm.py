@@ -102,7 +102,7 @@ class TestBlocks:
 
     @pytest.mark.situation(
         "timm",
-        "calls `patch_embed` and the blocks by hand, with images of another size than the model was made for",
+        "calls `patch_embed` and the blocks by hand, with images that are not square",
         timm="refused",
         ours="refused; `model.embed(images)` gives patches and grid",
     )
@@ -117,8 +117,12 @@ class TestBlocks:
             with pytest.raises(AssertionError, match="height"):
                 ours.patch_embed(wide)
             return
-        with pytest.raises(ValueError, match=r"16 x 64 pixels, but the patches are those of 32 x 32.*model\.embed"):
+        with pytest.raises(ValueError, match=r"2 rows and 8 columns, but a block alone.* to be square: .*model\.embed"):
             ours.patch_embed(wide)
+        made_for_wide = pair("fused", img_size=(16, 64))[1]
+        assert made_for_wide.patch_embed(wide).shape == (2, 16, DIM)
+        with pytest.raises(ValueError, match=r"4 rows and 4 columns, but a block alone .* to be of 2 x 8: .*"):
+            made_for_wide.patch_embed(images())
         x, grid = ours.embed(wide)
         assert grid == (2, 8)
         for block in ours.blocks[:2]:
@@ -183,6 +187,8 @@ class TestSurgery:
         features = ours.forward_features(x)
         assert_same(features, theirs.forward_features(x))
         assert_same(theirs(x), theirs.head(features[:, 0]))
+        theirs.global_pool = "avg"
+        assert_same(theirs(x), theirs.head(features[:, 1:].mean(1)))
         with pytest.raises(
             ValueError, match=r'joins before block 2, and there are 2.*reset_classifier\(classes, "avg"\)'
         ):
@@ -197,7 +203,10 @@ class TestSurgery:
         ours="refused: give `local_up_to_layer` too",
     )
     def test_shallow(self) -> None:
-        assert timm.create_model("convit_tiny", depth=4, img_size=32)(torch.randn(1, 3, 32, 32)).shape == (1, 1000)
+        theirs = timm.create_model("convit_tiny", depth=4, img_size=32).eval()
+        x = torch.randn(1, 3, 32, 32)
+        assert torch.equal(theirs(x), theirs.head(theirs.forward_features(x)[:, 0]))
+        assert theirs.forward_features(x).shape[1] == 4  # patches alone
         with pytest.raises(ValueError, match=r"from 0 to depth, but local_up_to_layer=10 and depth=4"):
             timm.create_model("convit_tiny_fused", depth=4, img_size=32)
 
@@ -303,11 +312,15 @@ class TestEmbedding:
     )
     @pytest.mark.parametrize("size", [(32, 32), (40, 24)])
     def test_the_grid_is_the_convolution_s(self, proj: nn.Conv2d, size: tuple[int, int]) -> None:
-        model = pair("fused")[1]
-        model.patch_embed.proj = proj
+        theirs, model = pair("fused")
+        theirs.patch_embed.proj = model.patch_embed.proj = proj
         x = images(1, 3, *size)
         expected = tuple(proj(x).shape[2:])
         assert model.embed(x)[1] == expected
+        if expected == (8, 2):
+            assert theirs(x).shape == (1, 5)  # as of 16 patches, whatever their grid
+            with pytest.raises(ValueError, match="8 rows and 2 columns"):
+                model.patch_embed(x)
         features = model.forward_intermediates(x, indices=[1], intermediates_only=True)
         assert features[0].shape[2:] == expected
 
@@ -559,8 +572,7 @@ class TestArguments:
     @pytest.mark.parametrize("flag", ["exportable", "scriptable", "no_jit"])
     @pytest.mark.situation("timm", "`exportable=True`, `scriptable=True`", timm="runs", ours="runs, the same model")
     def test_flags_of_layers(self, flag: str) -> None:
-        theirs = pair("fused")[0]
-        ours = create("convit_tiny_fused", **{flag: True}).double()
+        theirs, ours = (create(name, **{flag: True}).double() for name in ("convit_tiny", "convit_tiny_fused"))
         ours.load_state_dict(theirs.state_dict(), strict=True)
         x = images()
         assert_same(ours(x), theirs(x))

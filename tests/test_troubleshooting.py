@@ -20,6 +20,7 @@ FOREIGN = {
     "LocalEntryNotFoundError",
     "No module named 'timm'",
     "performance drop",
+    "must match the existing size",
 }
 
 

@@ -21,7 +21,7 @@ def why_not(inputs: Inputs | None) -> str:
         return "Triton's interpreter has taken its place (TRITON_INTERPRET=1)"
     if inputs is None:
         return ""
-    if inputs.q.device.type != "cpu":
+    if inputs.q.device.type not in ("cpu", "meta"):
         return f"the tensors are on {inputs.q.device}, not on the CPU"
     if inputs.dropout_p > 0:
         return "the kernels have no dropout"
