@@ -20,9 +20,11 @@ def relative_coordinates(grid: tuple[int, ...], like: Tensor, spacing: tuple[flo
     """
     token = torch.arange(math.prod(grid), device=like.device)
     offsets = []
-    for side, step in zip(reversed(grid), reversed(spacing or (1.0,) * len(grid)), strict=True):
+    for side in reversed(grid):
         at, token = token % side, token // side
-        offsets.append((at[None, :] - at[:, None]).to(like.dtype) * step)
+        offsets.append((at[None, :] - at[:, None]).to(like.dtype))
+    if spacing is not None:
+        offsets = [offset * step for offset, step in zip(offsets, reversed(spacing), strict=True)]
     return offsets
 
 
