@@ -71,8 +71,8 @@ def _is_distributed(tensor: Tensor | None) -> bool:
 
 def _check_whole(name: str, layer: nn.Module, out: Tensor) -> None:
     """Raises RuntimeError where a layer for queries and keys was sharded by rows, and so not by heads."""
-    weight = dict(layer._parameters).get("weight")  # of a ScriptModule these are no dictionary
-    if weight is not None and _is_distributed(weight) and out.shape[-1] != weight.shape[0]:
+    weight: Any = layer._parameters.get("weight") if isinstance(layer, nn.Linear) else None
+    if _is_distributed(weight) and out.shape[-1] != weight.shape[0]:
         raise RuntimeError(
             f"{name} gave {out.shape[-1]} of its {weight.shape[0]} channels, which are all queries and then all keys: "
             "not those of the same heads; shard the layer by convit_kernels.parallel.ShardHeads"
@@ -340,7 +340,7 @@ class GPSA(nn.Module):
                 self._position_weight(),
                 self.gate(),
                 grid_size=grid,
-                spacing=self._spacing(grid, tokens),
+                spacing=self.spacing if self.variant.divided is None else self._steps(grid, tokens),
                 key_mask=key_mask,
                 scale=self.scale,
                 dropout_p=dropout_p,
@@ -352,10 +352,8 @@ class GPSA(nn.Module):
     def _grid(self, given: GridSize, tokens: int) -> GridSize:
         return _grid_of_call(given, self.grid_size, self.expected_grid, self.variant.axes, tokens)
 
-    def _spacing(self, grid: GridSize, tokens: int) -> float | Sequence[float]:
-        """Between neighbours in this call, as `gpsa_attention` takes it."""
-        if self.variant.divided is None:
-            return self.spacing
+    def _steps(self, grid: GridSize, tokens: int) -> tuple[float, ...]:
+        """The spacing along each side of the grid of a call."""
         return self.variant.steps(self.spacing, resolve_grid(grid, tokens))
 
     def _attention_map(
