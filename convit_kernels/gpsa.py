@@ -483,7 +483,7 @@ def variant_of(module: nn.Module) -> Variant:
 
 
 def adopt(module: nn.Module, variant: Variant, backend: str | None) -> GPSA:
-    """Our layer around a foreign one's children, parameters, buffers, hooks and settings.
+    """Our layer around a foreign one's children, parameters, buffers of the state_dict, hooks and settings.
 
     They are the very objects: an optimizer made before goes on working, a state_dict keeps its keys. Only hooks before
     load_state_dict that ask for the module are bound to the new one, in a dictionary of its own.
@@ -507,6 +507,11 @@ def adopt(module: nn.Module, variant: Variant, backend: str | None) -> GPSA:
     new._parameters.update(module._parameters)
     new._buffers.update(module._buffers)  # not registered: rel_indices is a property, too
     new._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
+    if "rel_indices" in module._non_persistent_buffers_set:  # kept for the next call; ours makes it when it is read
+        kept = new._buffers.pop("rel_indices")
+        new._non_persistent_buffers_set.discard("rel_indices")
+        if kept is not None and kept.dim() == 4:
+            new._last_call = None, kept.shape[1]
     new._modules.update(module._modules)
     for key, value in vars(module).items():
         if "hook" in key:  # the dictionaries themselves, so that the handles given out keep working

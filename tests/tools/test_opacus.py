@@ -8,13 +8,11 @@ from small import MODELS, images, same, timm_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import convit_kernels as ck
-
 
 def without_buffers(model: nn.Module) -> nn.Module:
-    """The coordinates that timm's layer keeps for its next call as a plain attribute, and not at all in ours."""
+    """The coordinates that timm's layer keeps for its next call as a plain attribute."""
     for layer in model.modules():
-        if layer._buffers.pop("rel_indices", None) is not None and not isinstance(layer, ck.GPSA):
+        if layer._buffers.pop("rel_indices", None) is not None:
             layer.rel_indices = layer.get_rel_indices(16)
     return model
 
@@ -44,14 +42,14 @@ def by_hand(model: nn.Module) -> dict[str, Tensor]:
     "Tools",
     "opacus: `GradSampleModule`, by its hooks or all by `torch.func`",
     timm="refused, as its coordinates are a buffer; made a plain attribute, it works",
-    ours="the same gradients for each image; refused after `replace_gpsa` until `del layer.rel_indices`",
+    ours="works at once, the same gradients for each image",
 )
 def test_gradients_for_each_image(make, frozen):
     expected = by_hand(freeze(timm_model(), frozen))
     with pytest.raises(NotImplementedError, match="buffers"):
         GradSampleModule(freeze(timm_model(), frozen))
     for force_functorch in (False, True):
-        model = freeze(without_buffers(MODELS[make]()), frozen)
+        model = freeze(MODELS[make](), frozen)
         wrapped = GradSampleModule(model, force_functorch=force_functorch)
         F.cross_entropy(wrapped(images()), torch.arange(3)).backward()
         same({name: model.get_parameter(name).grad_sample for name in expected}, expected)
@@ -82,4 +80,4 @@ def test_private_training(make, mode):
     expected = private_steps(freeze(without_buffers(timm_model()), True), mode)
     before = timm_model().head.weight
     assert (expected["head.weight"] - before).abs().max() > 1e-3
-    same(private_steps(freeze(without_buffers(MODELS[make]()), True), mode), expected)
+    same(private_steps(freeze(MODELS[make](), True), mode), expected)
