@@ -308,7 +308,7 @@ class GPSA(nn.Module):
             gate = gate.flatten()
         return -gate if self.variant.inverted else gate
 
-    def forward(self, x: Tensor, grid_size: GridSize = None, *, key_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid_size: GridSize = None, key_mask: Tensor | None = None) -> Tensor:
         """(B, N, dim) -> (B, N, dim). A grid_size given here is that of this call, before the layer's own."""
         return self._attend(x, grid_size, key_mask)[0]
 

@@ -549,13 +549,6 @@ class TestOperator:
         with pytest.raises(RuntimeError, match=text):
             torch.ops.convit_kernels.gated_attention(*arguments.values())
 
-    def test_a_second_derivative_is_refused(self):
-        leaves, settings = self.arguments()
-        out, *_ = ops.gated_attention(*leaves, *settings, True)
-        (d_q,) = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
-        with pytest.raises(NotImplementedError, match="backend='reference'"):
-            torch.autograd.grad(d_q.sum(), leaves[0])
-
     def test_compiled_in_one_graph(self):
         inputs = make_inputs(2, 2, (3, 4), 8)
         compiled = torch.compile(lambda i: attend(i, (3, 4)), fullgraph=True, backend="aot_eager")
