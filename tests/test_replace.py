@@ -4,6 +4,7 @@ import copy
 import threading
 
 import foreign
+import forks
 import pytest
 import timm
 import torch
@@ -234,32 +235,32 @@ def own_method_as_hook(layer):
 
 
 FORKS = {
-    "convolution": (foreign.WithConvolution, "it has the child conv"),
-    "smoothed": (foreign.Smoothed, "gives other outputs or gradients in training mode"),
-    "map while training": (foreign.MapWhileTraining, "gives other outputs or gradients in training mode"),
-    "dictionary": (foreign.Dictionary, "gives other outputs or gradients"),
-    "scaled": (foreign.ScaledOutput, "gives other outputs or gradients"),
-    "layer scale": (foreign.LayerScale, "it has the parameter gamma"),
-    "residual": (foreign.Residual, "gives other outputs or gradients"),
-    "noise": (foreign.NoisyMap, "gives other outputs or gradients in training mode"),
-    "mask": (foreign.MaskedMap, "it has the buffer mask"),
-    "DropKey": (foreign.DropsLogits, "gives other outputs in training mode with dropout"),
+    "convolution": (forks.WithConvolution, "it has the child conv"),
+    "smoothed": (forks.Smoothed, "gives other outputs or gradients in training mode"),
+    "map while training": (forks.MapWhileTraining, "gives other outputs or gradients in training mode"),
+    "dictionary": (forks.Dictionary, "gives other outputs or gradients"),
+    "scaled": (forks.ScaledOutput, "gives other outputs or gradients"),
+    "layer scale": (forks.LayerScale, "it has the parameter gamma"),
+    "residual": (forks.Residual, "gives other outputs or gradients"),
+    "noise": (forks.NoisyMap, "gives other outputs or gradients in training mode"),
+    "mask": (forks.MaskedMap, "it has the buffer mask"),
+    "DropKey": (forks.DropsLogits, "gives other outputs in training mode with dropout"),
     "qkv by heads": (foreign.InterleavedGPSA, "gives other outputs or gradients"),
     "a distance that is not squared": (foreign.PlainDistanceGPSA, r"features are not \(dx, dy, dx\^2 \+ dy\^2\)"),
     "coordinates of each call": (foreign.IrregularGPSA, "its forward takes coords, which is no key mask"),
-    "another distance": (foreign.OwnDistance, "its get_attention_map gives something else"),
-    "argument": (foreign.FurtherArgument, "its forward takes mask, which is no key mask on the mixed map"),
-    "any arguments": (foreign.AnyArguments, r"its forward takes \*args"),
-    "loading": (foreign.OwnLoading, "has its own _load_from_state_dict, on which PyTorch relies"),
-    "property": (foreign.ScheduledScale, "its scale is computed by a property"),
+    "another distance": (forks.OwnDistance, "its get_attention_map gives something else"),
+    "argument": (forks.FurtherArgument, "its forward takes mask, which is no key mask on the mixed map"),
+    "any arguments": (forks.AnyArguments, r"its forward takes \*args"),
+    "loading": (forks.OwnLoading, "has its own _load_from_state_dict, on which PyTorch relies"),
+    "property": (forks.ScheduledScale, "its scale is computed by a property"),
     "not ready": (
-        foreign.NeedsSetting,
+        forks.NeedsSetting,
         "on random tokens it fails to give outputs.*no attribute 'not_set_yet'",
     ),
-    "detached position": (foreign.DetachedPosition, "for the same tokens it gives other outputs or gradients"),
-    "without gradient": (foreign.WithoutGradient, "on random tokens it fails to give outputs or gradients"),
+    "detached position": (forks.DetachedPosition, "for the same tokens it gives other outputs or gradients"),
+    "without gradient": (forks.WithoutGradient, "on random tokens it fails to give outputs or gradients"),
     "values of no layer": (
-        lambda *_: foreign.FunctionForValues(32, 4, use_local_init=False),
+        lambda *_: forks.FunctionForValues(32, 4, use_local_init=False),
         "it has no qk and v",
     ),
     "subclass": (Subclass, "it overrides get_attention of timm.models.convit.GPSA.*subclass convit_kernels.GPSA"),
@@ -314,9 +315,7 @@ class TestForks:
         with pytest.raises(TypeError, match=f"cannot be replaced exactly: .*{text}"):
             ck.GPSA.from_module(other)
 
-    @pytest.mark.parametrize(
-        "make", [OwnConstructor, foreign.KeepsItsMaps, foreign.PersistentPosition, foreign.Checkpointed]
-    )
+    @pytest.mark.parametrize("make", [OwnConstructor, forks.KeepsItsMaps, forks.PersistentPosition, forks.Checkpointed])
     def test_what_makes_no_difference_is_taken_over(self, make):
         layer, x = perturbed(make(32) if make is OwnConstructor else make(32, 4)), torch.randn(2, 16, 32)
         replaced = ck.GPSA.from_module(layer)
@@ -328,7 +327,7 @@ class TestForks:
     @pytest.mark.parametrize("backend", [None, "composite", "reference"])
     @pytest.mark.parametrize("each_head", [True, False])
     def test_a_learnt_scale_goes_on_learning(self, each_head, backend):
-        layer = perturbed(foreign.LearntScale(32, 4, each_head))
+        layer = perturbed(forks.LearntScale(32, 4, each_head))
         replaced = ck.GPSA.from_module(layer, backend=backend)
         assert list(replaced.state_dict()) == list(layer.state_dict())
         assert replaced.scale is layer.scale
@@ -345,13 +344,13 @@ class TestForks:
         )
 
     def test_a_scale_of_another_kind_is_refused(self):
-        layer = foreign.LearntScale(32, 4)
+        layer = forks.LearntScale(32, 4)
         layer.scale = nn.Parameter(torch.ones(5))
         with pytest.raises(TypeError, match="on random tokens it fails to give outputs"):
             ck.GPSA.from_module(layer)
 
     def test_nobody_notices_the_trial(self):
-        layer, calls = foreign.KeepsItsMaps(32, 4, attn_drop=0.2), []
+        layer, calls = forks.KeepsItsMaps(32, 4, attn_drop=0.2), []
         layer.attn_drop.register_forward_hook(lambda *_: calls.append("child"))
         layer.register_forward_hook(lambda *_: calls.append("layer"))
         handle = module.register_module_forward_hook(lambda *_: calls.append("any"))

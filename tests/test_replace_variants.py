@@ -4,6 +4,7 @@ import copy
 import pickle
 
 import foreign
+import forks
 import pytest
 import torch
 from foreign import perturbed
@@ -61,11 +62,11 @@ class TestParts:
         ours="replaced; the same outputs, gradients and state_dict",
     )
     def test_an_inverted_gate(self):
-        ours = assert_same(foreign.InvertedGate(32, 4), TOKENS)
+        ours = assert_same(forks.InvertedGate(32, 4), TOKENS)
         torch.testing.assert_close(ours.gate(), -ours.gating_param)
 
     def test_a_gate_of_another_shape(self):
-        assert_same(foreign.BroadcastGate(32, 4), TOKENS)
+        assert_same(forks.BroadcastGate(32, 4), TOKENS)
 
     def test_initial_values_are_those_of_a_convolution_in_each(self):
         expected = ck.GPSA(32, 4)
@@ -240,7 +241,7 @@ class TestMapOnRequest:
         assert len(ours(TOKENS)) == 3
 
     def test_two_outputs(self):
-        layer = perturbed(foreign.Pair(32, 4))
+        layer = perturbed(forks.Pair(32, 4))
         ours = ck.GPSA.from_module(layer)
         out, attention = ours(TOKENS)
         assert attention is None
@@ -304,7 +305,7 @@ def test_feature_maps_that_are_not_square():
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (foreign.NoisyMap, "other outputs or gradients in training mode"),
+        (forks.NoisyMap, "other outputs or gradients in training mode"),
         (foreign.IrregularGPSA, "forward takes coords"),
     ],
 )
