@@ -89,8 +89,9 @@ def requests(module: nn.Module) -> tuple[str | None, str | None]:
 
 
 def _on_meta(module: nn.Module) -> str:
-    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
-        return "it is on the meta device, where its positional features cannot be read: materialise the model first"
+    kept = getattr(module, "rel_indices", None)
+    if isinstance(kept, Tensor) and kept.is_meta and kept.shape[1:2] != (1,):
+        return "its positional features are on the meta device, where they cannot be read: replace the layer before"
     return ""
 
 

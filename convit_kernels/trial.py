@@ -524,8 +524,10 @@ def _equal(mine: Any, theirs: Any, floor: float) -> bool:
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
-    """A copy, in float32 if it is of floating point."""
+    """A copy, in float32 if it is of floating point; zeros of what has no values."""
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    if tensor.is_meta:
+        return torch.zeros(tensor.shape, dtype=dtype)
     return tensor.detach().to("cpu", dtype, copy=True)
 
 

@@ -404,6 +404,13 @@ class TestForks:
         torch.testing.assert_close(ck.GPSA.from_module(layer)(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
+def called_on_meta():
+    """timm's layer keeps the features of its last call."""
+    layer = timm_layer()
+    layer(torch.randn(1, 16, 32))
+    return layer.to("meta")
+
+
 class TestRefusals:
     def test_a_model_without_gpsa_warns_and_returns_zero(self):
         with pytest.warns(UserWarning, match="Linear contains no reference GPSA"):
@@ -417,7 +424,7 @@ class TestRefusals:
         ("layer", "text"),
         [
             (foreign.VformerGPSA, "GatedPositionalSelfAttention.*has no proj, pos_proj"),
-            (lambda: timm_layer(device="meta"), "meta device"),
+            (called_on_meta, "on the meta device, where they cannot be read"),
         ],
     )
     def test_other_mathematics_is_refused_before_anything_is_swapped(self, layer, text):

@@ -78,6 +78,23 @@ class TestPositionsThatAreRead:
         mine(torch.randn(1, 16, 32), grid_size=(2, 8))
         assert torch.equal(mine.rel_indices, ck.GPSA(32, 4, grid_size=(2, 8)).rel_indices)
 
+    @pytest.mark.situation(
+        "timm",
+        "a model on the meta device, whose weights come later",
+        timm="runs once they are there",
+        ours="replaced there, it does the same",
+    )
+    def test_without_values(self):
+        options = {"img_size": 64, "embed_dim": 8, "depth": 3, "local_up_to_layer": 2}
+        whole, theirs, mine = (
+            timm.create_model("convit_tiny", device=device, **options).eval() for device in ("cpu", "meta", "meta")
+        )
+        assert ck.replace_gpsa(mine) == 2
+        assert all(parameter.is_meta for parameter in mine.parameters())
+        for each in (theirs, mine):
+            each.load_state_dict(whole.state_dict(), assign=True)
+            torch.testing.assert_close(each(IMAGES), whole(IMAGES), rtol=1e-4, atol=1e-5)
+
     def test_in_a_model(self):
         theirs, ours = pair()
         for each in (theirs, ours):
