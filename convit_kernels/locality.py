@@ -206,7 +206,8 @@ def _visit(
         x = args[0] if args else kwargs["x"]
         own = None if grid_size is not None else kwargs.get("grid_size") or getattr(layer, "grid_size", None)
         try:
-            visit(name, layer, x, _token_grid(own or image_grid, x.shape[1], isinstance(layer, GPSA)))
+            others = 0 if isinstance(layer, GPSA) else getattr(model, "num_prefix_tokens", 1)
+            visit(name, layer, x, _token_grid(own or image_grid, x.shape[1], others))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
@@ -229,9 +230,7 @@ def _visit(
 def _image_grid(model: nn.Module, images: Tensor) -> tuple[int, int] | None:
     """Patches in a column and a row of the images, as far as the model says how large a patch is."""
     embed: Any = getattr(model, "patch_embed", None)
-    if images.dim() == 4 and hasattr(
-        embed, "dynamic_feat_size"
-    ):  # timm's, where its convolution may have been replaced
+    if images.dim() == 4 and hasattr(embed, "dynamic_feat_size"):
         rows, columns = embed.dynamic_feat_size(images.shape[2:])
         return rows, columns
     patch = getattr(embed, "patch_size", None)
@@ -241,13 +240,13 @@ def _image_grid(model: nn.Module, images: Tensor) -> tuple[int, int] | None:
     return images.shape[2] // height, images.shape[3] // width
 
 
-def _token_grid(grid: tuple[int, int] | None, tokens: int, patches_only: bool) -> tuple[int, int]:
-    """The grid of a layer's last tokens; before them there may be others, unless it sees patches only."""
+def _token_grid(grid: tuple[int, int] | None, tokens: int, others: int) -> tuple[int, int]:
+    """The grid of a layer's last tokens; before them there may be so many others, the class token for example."""
     if grid is None:
-        has_class_token = not patches_only and math.isqrt(tokens) ** 2 != tokens
-        grid = parse_plane(resolve_grid(None, tokens - has_class_token))
-    elif patches_only or math.prod(grid) > tokens:
-        resolve_grid(grid, tokens)  # raises where they are not these tokens
+        has_others = math.isqrt(tokens) ** 2 != tokens
+        return parse_plane(resolve_grid(None, tokens - others * has_others))
+    if not 0 <= tokens - math.prod(grid) <= others:
+        resolve_grid(grid, tokens)  # raises: they are not these tokens
     return grid
 
 

@@ -548,3 +548,13 @@ class TestLocality:
         x = images()
         maps = ck.locality.attention_maps(model, x, (7, 1))
         assert {value.shape[-2:] for value in maps.values()} == {(8, 2)}
+
+    def test_of_timm_s_model_whose_embedding_does_not_know_its_convolution(self) -> None:
+        """timm still tells 4 x 4 patches, of which there are 64 and a class token: no grid is better than that one."""
+        model = create(local_up_to_layer=0)
+        model.patch_embed.proj = nn.Conv2d(3, DIM, 4, 4)
+        model.pos_embed = nn.Parameter(torch.zeros(1, 64, DIM))
+        x = images().float()
+        with pytest.raises(ValueError, match="has 16 tokens, but the input has 65"):
+            ck.locality.nonlocality(model, x)
+        assert ck.locality.nonlocality(model, x, grid_size=(8, 8))
