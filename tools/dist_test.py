@@ -41,8 +41,11 @@ class Environment(NamedTuple):
     runs: tuple[Run, ...]
 
 
-ALONE = Run((), ("attention*", "cpu_attention", "cpu_memory", "extension", "relpos"))
-TIMM = Run(("timm==1.0.31", "scikit-learn"), (*ALONE.tests, "cli*", "gpsa", "models", "replace*"))
+ALONE = Run((), ("attention*", "cpu_attention", "cpu_memory", "extension", "positions", "relpos"))
+TIMM = Run(
+    ("timm==1.0.31", "scikit-learn"),
+    (*ALONE.tests, "cli*", "compile", "export", "flops", "func", "gpsa", "models", "replace*", "timm*"),
+)
 # The oldest that the models take. Its own layer, which tests compare with, has neither float64 nor the meta device.
 OLD_TIMM = Run(
     ("timm==1.0.16",),
