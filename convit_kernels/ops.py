@@ -6,7 +6,7 @@ Shapes and dtypes of arguments and results are in schemas.py.
 import importlib
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from .flops import tell_counters
 from .inputs import Inputs
 from .schemas import SCHEMAS
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 _DERIVING = (TransformType.Grad, TransformType.Jvp)
 
 
@@ -31,7 +32,16 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # for torch.compile 2.10 and 2.11 alike
+def constant_in_programs(function: _F) -> _F:
+    """A function whose result torch.compile takes for a constant.
+
+    As `torch.compiler.assume_constant_result` marks it, which imports the whole compiler for that: over a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_in_programs  # for torch.compile 2.10 and 2.11 alike
 def exporting() -> bool:
     """Whether PyTorch is writing down a program, which must run where this package is not.
 

@@ -9,7 +9,7 @@ import torch
 from processes import run_program
 
 import convit_kernels
-from convit_kernels import extension
+from convit_kernels import extension, ops
 
 PACKAGE = Path(convit_kernels.__file__).parent
 PROGRAM = """
@@ -18,7 +18,7 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import torch
     import convit_kernels as ck
-from convit_kernels import extension
+from convit_kernels import extension, ops
 ours = [str(w.message) for w in caught if "convit_kernels" in str(w.message)]
 print(len(ours), "|", *ours, "|", extension.status["_C"])
 layer = ck.GPSA(32, 4)
@@ -122,3 +122,20 @@ def test_all_names_need_torch_alone():
         "assert GPSA is ck.GPSA and {'models', 'locality', '__version__'} <= set(dir(ck))"
     )
     run_program(program)
+
+
+def test_importing_brings_no_compiler():
+    """Each of these takes from a tenth of a second to two."""
+    program = (
+        "import sys, torch; before = set(sys.modules)\n"
+        "import convit_kernels\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before if not name.startswith('torch.')}\n"
+        "assert not new & {'sympy', 'triton', 'timm', 'numpy', 'rich', 'matplotlib'}, new\n"
+        "assert 'torch._dynamo' not in sys.modules and 'torch._inductor' not in sys.modules"
+    )
+    run_program(program)
+
+
+def test_a_constant_is_marked_as_torch_marks_it():
+    ours, torch_s = (mark(lambda: 0) for mark in (ops.constant_in_programs, torch.compiler.assume_constant_result))
+    assert vars(ours) == vars(torch_s) != {}

@@ -47,7 +47,7 @@ def _limit(dtype: torch.dtype, isa: str) -> tuple[float, str]:
     return math.inf, ""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@ops.constant_in_programs
 def limit(dtype: torch.dtype) -> tuple[float, str]:
     """From how many bytes of keys of one image and head on the composite is expected to be faster, and why.
 
