@@ -41,10 +41,12 @@ class Inputs(NamedTuple):
     spacing: tuple[float, ...] | None = None
     key_mask: Tensor | None = None
 
-    @property
-    def head_dim(self) -> int:
-        """Channels a head of what a kernel is given: one more with a key mask, whose sums they carry."""
-        return self.q.shape[3] + (self.key_mask is not None)
+
+def kernel_head_dim(inputs: Inputs) -> int:
+    """Channels a head of what a kernel is given: one more with a key mask, whose sums it carries."""
+    # no property of Inputs and no sum with a bool: torch.compile (2.10) knows neither of them here
+    head_dim = inputs.q.shape[3]
+    return head_dim if inputs.key_mask is None else head_dim + 1
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor, axes: int) -> None:

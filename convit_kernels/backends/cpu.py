@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import extension, ops
-from ..inputs import Inputs
+from ..inputs import Inputs, kernel_head_dim
 
 # What PyTorch needs of a processor to multiply these dtypes by AMX, in torch.cpu's private words.
 _AMX = {torch.bfloat16: "_is_amx_tile_supported", torch.float16: "_is_amx_fp16_supported"}
@@ -65,7 +65,7 @@ def why_later(inputs: Inputs) -> str:
     key_bytes, why = limit(inputs.q.dtype)
     if not why:
         return ""
-    return why if inputs.q.shape[2] * inputs.head_dim * inputs.q.element_size() >= key_bytes else ""
+    return why if inputs.q.shape[2] * kernel_head_dim(inputs) * inputs.q.element_size() >= key_bytes else ""
 
 
 def attention(inputs: Inputs) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..inputs import Inputs
+from ..inputs import Inputs, kernel_head_dim
 
 MAX_HEAD_DIM = 256
 MAX_TOKENS = 65_536
@@ -25,8 +25,8 @@ def why_not(inputs: Inputs | None) -> str:
         return f"the tensors are on {q.device}, not on a GPU"
     if q.dtype not in DTYPES:
         return f"the kernels take float16, bfloat16 and float32, not {q.dtype}"
-    if inputs.head_dim > MAX_HEAD_DIM:
-        return f"head_dim is at most {MAX_HEAD_DIM}, not {inputs.head_dim}"
+    if (head_dim := kernel_head_dim(inputs)) > MAX_HEAD_DIM:
+        return f"head_dim is at most {MAX_HEAD_DIM}, not {head_dim}"
     if q.shape[2] > MAX_TOKENS:
         return f"a grid has at most {MAX_TOKENS} tokens, not {q.shape[2]}"
     if inputs.dropout_p > 0 and inputs.key_mask is not None:
