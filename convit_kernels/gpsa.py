@@ -374,12 +374,10 @@ class GPSA(nn.Module):
             attention = reference.attention_map(q, k, self._position_weight(), self.gate(), grid, self.scale, steps)
         if key_mask is None:
             return self.attn_drop(attention.to(dtype))  # type: ignore[no-any-return]
-        mask = checked_mask(key_mask, q)[:, None, None, :]
+        mask = checked_mask(key_mask, q)
         if self.variant.masks_last:
-            attention = self.attn_drop(attention.to(dtype)) * mask
-            return (attention / attention.sum(dim=-1, keepdim=True)).to(dtype)  # type: ignore[no-any-return]
-        attention = attention * mask
-        return self.attn_drop((attention / attention.sum(dim=-1, keepdim=True)).to(dtype))  # type: ignore[no-any-return]
+            return reference.masked(self.attn_drop(attention.to(dtype)), mask).to(dtype)
+        return self.attn_drop(reference.masked(attention, mask).to(dtype))  # type: ignore[no-any-return]
 
     def get_attention(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """The mixed attention map of x, (B, H, N, N), after dropout when training: dense, for study, O(N^2) memory."""

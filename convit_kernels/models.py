@@ -301,7 +301,8 @@ class ConViT(nn.Module):
                 has been replaced by a module that does not say on which grid its tokens are, or `pos_embed` by one
                 that fits no grid.
         """
-        if torch.jit.is_tracing() and images.dim() == 4:  # type: ignore[attr-defined,no-untyped-call]
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        if tracing and images.dim() == 4:
             # the trace is for this size: another ends with an error, also where it makes as many patches
             images = images.expand(-1, -1, *map(int, images.shape[2:]))
         patches = self.patch_embed
@@ -309,7 +310,7 @@ class ConViT(nn.Module):
         claimed = patches.dynamic_feat_size(images.shape[2:]) if hasattr(patches, "dynamic_feat_size") else None
         found = tokens_on_grid(x, images.shape, claimed)
         x, grid = found[0], found[1]
-        if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        if tracing:
             grid = int(grid[0]), int(grid[1])
         if self.use_pos_embed and self.pos_embed is not None:
             x = x + position_on_grid(self.pos_embed, self.grid_size, grid)
@@ -497,7 +498,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: ConViT) -> dic
     positions = state["pos_embed"].shape[1]
     config: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
     arguments: Mapping[str, Any] = getattr(model, "pretrained_model_args", {})  # of the model that was saved
-    height, width = parse_grid(arguments.get("img_size") or config.get("input_size", (1, 1, 1))[1:])
+    height, width = parse_plane(arguments.get("img_size") or config.get("input_size", (1, 1, 1))[1:])
     described = (height // model.patch_size, width // model.patch_size)
     from_file = config.get("source") is None and (config.get("file") or config.get("state_dict"))
     grids = [model.grid_size, described] if from_file else [described, model.grid_size]

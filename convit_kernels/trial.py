@@ -117,7 +117,7 @@ def _position(module: nn.Module, trial: nn.Module) -> tuple[_Input, Variant]:
         TypeError: it runs on none, or positions are not those of a grid.
     """
     kept, attributes = _kept(module), vars(module)
-    repeats, divisor = int(getattr(module, "locality_dim", 1)), float(getattr(module, "locality_dim", 1))
+    repeats = int(getattr(module, "locality_dim", 1))
     axes = min(max(feature_count(module) // repeats - 1, 1), 3)
     follows = "current_grid_size" in attributes
     if follows:
@@ -143,7 +143,7 @@ def _position(module: nn.Module, trial: nn.Module) -> tuple[_Input, Variant]:
         except Exception as error:  # another project's code, which may fail in any way
             errors.append(error)
             continue
-        fitted = _fit(features, axes, divisor)
+        fitted = _fit(features, axes, float(repeats))
         if fitted is None:
             raise TypeError(
                 "its positional features are not (dx, dy, dx^2 + dy^2) of a grid, of one to three dimensions, key "

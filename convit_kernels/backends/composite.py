@@ -66,12 +66,7 @@ def _content(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if ops.why_not(q, k, v):  # PyTorch's fused attention has no forward-mode derivative either
         return content_values(q, k, v, scale)
     content = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    if (
-        content.requires_grad
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-        and not ops.transformed()
-    ):
+    if content.requires_grad and not torch.compiler.is_compiling() and not ops.exporting() and not ops.transformed():
         content = _DerivableAgain.apply(content, q, k, v, scale)
     return content
 

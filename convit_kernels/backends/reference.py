@@ -37,6 +37,12 @@ def relative_features(grid: tuple[int, ...], like: Tensor, spacing: tuple[float,
     return torch.cat((offsets, offsets.square().sum(dim=-1, keepdim=True)), dim=-1)
 
 
+def masked(attention: Tensor, key_mask: Tensor) -> Tensor:
+    """A map, (B, H, N, N), times a mask of its keys, (B or 1, N), each row then divided by its sum."""
+    attention = attention * key_mask[:, None, None, :]
+    return attention / attention.sum(dim=-1, keepdim=True)
+
+
 def attention_map(
     q: Tensor,
     k: Tensor,
@@ -58,10 +64,7 @@ def attention_map(
     position = torch.einsum("nmf,hf->hnm", features, pos_weight).softmax(dim=-1)
     g = torch.sigmoid(gate)[:, None, None]
     mixed = (1 - g) * content + g * position
-    if key_mask is not None:
-        mixed = mixed * key_mask.to(dtype)[:, None, None, :]
-        mixed = mixed / mixed.sum(dim=-1, keepdim=True)
-    return mixed
+    return mixed if key_mask is None else masked(mixed, key_mask.to(dtype))
 
 
 def why_not(inputs: Inputs | None) -> str:
