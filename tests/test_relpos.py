@@ -1,12 +1,16 @@
 """The relative-position tables: exact factors of the positional attention, natively and in plain PyTorch.
 
+On CPU tensors, by the CPU's kernels and by those of CUDA, compiled for the CPU (tests/cuda_on_cpu).
 Needs neither timm nor the rest of the test dependencies: it also runs against other versions of torch.
 """
 
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
+import cuda_on_cpu
 import pytest
 import torch
 from equivalence import assert_as_exact
@@ -17,12 +21,36 @@ from convit_kernels import eager_tables, extension, ops
 from convit_kernels.equivalence import expected
 
 GRIDS = [(1, 1), (1, 7), (3, 5), (14, 14), (8, 18), (18, 8)]
-BOTH = pytest.mark.parametrize("tables", [ops.relative_position_tables, eager_tables.relative_position_tables])
+KERNELS = ["cpu.cpp", "cuda.cu"]
+EACH_KERNEL = pytest.mark.parametrize("kernels", KERNELS, indirect=True)
+EACH_WAY = pytest.mark.parametrize(
+    ("kernels", "tables"),
+    [
+        *((kernels, ops.relative_position_tables) for kernels in KERNELS),
+        ("cpu.cpp", eager_tables.relative_position_tables),
+    ],
+    ids=[*KERNELS, "eager"],
+    indirect=["kernels"],
+)
+
+
+@pytest.fixture(scope="session")
+def cuda_ops() -> ModuleType:
+    """The native ops of CUDA, on CPU tensors."""
+    if reason := cuda_on_cpu.why_not():
+        pytest.skip(f"the CUDA kernels on the CPU: {reason}")
+    return cuda_on_cpu.ops()
 
 
 @pytest.fixture(autouse=True)
-def native_kernels() -> None:
+def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Which kernels the package's ops are on CPU tensors: by default the CPU's."""
     assert extension.status["_C"] is None, "these tests are about the native library, which has to be built first"
+    if getattr(request, "param", "cpu.cpp") == "cpu.cpp":
+        yield
+    else:
+        with cuda_on_cpu.in_place_of_the_cpu_s(request.getfixturevalue("cuda_ops")):
+            yield
 
 
 def positional_attention(pos_weight: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -40,7 +68,7 @@ def product(row_table: torch.Tensor, col_table: torch.Tensor) -> torch.Tensor:
     return torch.einsum("hyu,hxw->hyxuw", row_table, col_table).reshape(-1, tokens, tokens)
 
 
-@BOTH
+@EACH_WAY
 @pytest.mark.parametrize("grid", GRIDS)
 def test_factors_multiply_to_the_positional_attention(tables, grid):
     pos_weight = torch.randn(5, 3, dtype=torch.float64)
@@ -50,13 +78,14 @@ def test_factors_multiply_to_the_positional_attention(tables, grid):
 
 
 @pytest.mark.equivalence
-@BOTH
+@EACH_WAY
 def test_float32_is_as_accurate_as_one_softmax_over_the_grid(tables):
     pos_weight = torch.randn(9, 3)
     rule = expected(lambda dtype: {"table": positional_attention(pos_weight.to(dtype), (14, 14))}, torch.float32)
     assert_as_exact({"table": product(*tables(pos_weight, 14, 14))}, rule)
 
 
+@EACH_KERNEL
 @pytest.mark.equivalence
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("grid", GRIDS)
@@ -78,6 +107,7 @@ def test_gradient_equals_autograd_through_the_whole_grid(grid, dtype):
         assert_as_exact(gradient(of_tables, dtype), rule)
 
 
+@EACH_KERNEL
 def test_first_and_second_derivatives():
     pos_weight = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda w: ck.relative_position_tables(w, (3, 4)), pos_weight)
@@ -150,6 +180,7 @@ def test_the_gradient_s_own_gradient():
     assert torch.autograd.gradgradcheck(lambda w: ops.relative_position_tables(w, 3, 4), pos_weight)
 
 
+@EACH_KERNEL
 def test_native_and_fallback_gradients_agree():
     tables = ops.relative_position_tables(torch.randn(3, 3, dtype=torch.float64), 5, 4)
     grads = [torch.randn_like(table) for table in tables]
@@ -161,7 +192,8 @@ def test_native_and_fallback_gradients_agree():
     )
 
 
-@pytest.mark.parametrize("grid", [(1, 1), (3, 5), (14, 14)])
+@EACH_KERNEL
+@pytest.mark.parametrize("grid", [(1, 1), (3, 5), (5, 27)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float64])
 def test_dense_table_is_the_attention_with_zero_padding(grid, dtype, weight_dtype):
@@ -180,6 +212,7 @@ def test_dense_table_is_the_attention_with_zero_padding(grid, dtype, weight_dtyp
     assert (table[..., tokens:] == 0).all()
 
 
+@EACH_KERNEL
 def test_dense_table_is_differentiable():
     pos_weight = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(2, 12, 16, dtype=torch.float32)
@@ -188,7 +221,7 @@ def test_dense_table_is_differentiable():
     torch.testing.assert_close(ours, exact, rtol=1e-6, atol=1e-6)
 
 
-@BOTH
+@EACH_WAY
 def test_huge_weights_give_one_hot_rows_not_nan(tables):
     pos_weight = 1e4 * torch.tensor([[0.0, 0.0, -1.0], [2.0, -2.0, -1.0], [1.0, 0.0, 1.0]])
     row_table, col_table = tables(pos_weight, 14, 14)
@@ -198,7 +231,7 @@ def test_huge_weights_give_one_hot_rows_not_nan(tables):
     torch.testing.assert_close(col_table.sum(-1), torch.ones(3, 14))
 
 
-@BOTH
+@EACH_WAY
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_weights_give_nan_rows_as_one_softmax_does(tables, value):
     pos_weight = torch.tensor([[value, 0.5, -1.0], [0.5, 0.5, -1.0]])
@@ -206,6 +239,7 @@ def test_non_finite_weights_give_nan_rows_as_one_softmax_does(tables, value):
     assert torch.equal(dense.isnan(), positional_attention(pos_weight, (3, 3)).isnan())
 
 
+@EACH_KERNEL
 def test_weights_and_gradients_of_any_strides():
     wide = torch.randn(6, 8, dtype=torch.float64)
     strided = wide[::2, 1:7:2]
@@ -249,6 +283,7 @@ def test_half_weights_are_computed_in_float32(dtype):
     assert torch.equal(col_table, expected[1])
 
 
+@EACH_KERNEL
 def test_one_int_is_a_square_grid_and_no_heads_are_fine():
     assert [t.shape for t in ck.relative_position_tables(torch.randn(2, 3), 4)] == [(2, 4, 4), (2, 4, 4)]
     assert [t.shape for t in ck.relative_position_tables(torch.randn(0, 3), (2, 5))] == [(0, 2, 2), (0, 5, 5)]
@@ -277,6 +312,7 @@ def test_bad_input_says_what_was_given(weight, grid, error, text):
         ck.dense_position_table(weight, grid)
 
 
+@EACH_KERNEL
 def test_the_ops_check_what_python_did_not():
     tables = ops.relative_position_tables(torch.randn(2, 3), 3, 4)
     with pytest.raises(RuntimeError, match="float32 or float64"):
@@ -291,6 +327,14 @@ def test_the_ops_check_what_python_did_not():
         ops.relative_position_tables_backward(tables[0][:1], tables[1], *tables)
     with pytest.raises(RuntimeError, match="shape"):
         ops.relative_position_tables_backward(tables[1], tables[1], *tables)
+    with pytest.raises(RuntimeError, match=r"row_table must have shape \(heads, L, L\)"):
+        ops.relative_position_tables_backward(*tables, tables[0][:, 1:], tables[1])
+    with pytest.raises(RuntimeError, match=r"grad_col must agree.*dtype"):
+        ops.relative_position_tables_backward(tables[0], tables[1].double(), *tables)
+    with pytest.raises(RuntimeError, match="at least one row"):
+        ops.relative_position_tables(torch.randn(2, 3), 0, 4)
+    with pytest.raises(RuntimeError, match=r"pos_weight must have shape \(heads, 3\)"):
+        ops.dense_position_table(torch.randn(2, 4), 3, 4, torch.float32)
     with pytest.raises(TypeError, match="float64"):
         ck.dense_position_table(torch.randn(2, 3), 2, torch.float64)
 
@@ -328,20 +372,62 @@ class TestCudaLibrary:
         assert "sm_120" in ptx
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here; the CPU kernels share the arithmetic")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_cuda_equals_cpu(dtype):
-    pos_weight = torch.randn(5, 3, dtype=dtype)
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
-    cpu = ops.relative_position_tables(pos_weight, 13, 21)
-    cuda = ops.relative_position_tables(pos_weight.cuda(), 13, 21)
-    grads = [torch.randn_like(table) for table in cpu]
-    for truth, found in zip(cpu, cuda, strict=True):
-        torch.testing.assert_close(found.cpu(), truth, **tolerance)
-    torch.testing.assert_close(
-        ops.relative_position_tables_backward(*(g.cuda() for g in grads), *cuda).cpu(),
-        ops.relative_position_tables_backward(*grads, *cpu),
-        **tolerance,
-    )
-    dense = ops.dense_position_table(pos_weight.cuda(), 13, 21, torch.float32)
-    torch.testing.assert_close(dense.cpu(), ops.dense_position_table(pos_weight, 13, 21, torch.float32), **tolerance)
+@EACH_KERNEL
+def test_the_ops_check_the_device(kernels):
+    """Of what reaches a kernel nevertheless: the dispatcher sends tensors of several devices to one of them."""
+    cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    elsewhere = torch.randn(2, 3, device="meta")
+    for op, *rest in ((ops.relative_position_tables,), (ops.dense_position_table, torch.float32)):
+        with pytest.raises(RuntimeError, match="pos_weight must be on"):
+            op.redispatch(cpu, elsewhere, 3, 4, *rest)
+    tables = ops.relative_position_tables(torch.randn(2, 3), 3, 4)
+    with pytest.raises(RuntimeError, match="the tables must be on"):
+        ops.relative_position_tables_backward.redispatch(cpu, *(t.to("meta") for t in (*tables, *tables)))
+    for at, name in enumerate(("grad_row", "grad_col")):
+        given = [*tables, *tables]
+        given[at] = given[at].to("meta")
+        with pytest.raises(RuntimeError, match=f"{name} must agree.*device"):
+            ops.relative_position_tables_backward.redispatch(cpu, *given)
+
+
+class TestCudaKernels:
+    def test_what_a_launch_cannot_do_ends_before_anything_is_allocated(self, cuda_ops):
+        one = torch.zeros(())  # of any number of heads, and of no memory
+        weight = one.expand(2, 3)
+        with pytest.raises(RuntimeError, match=r"1x10240 is too long.*at most 10240.*relative_position_tables"):
+            cuda_ops.dense_position_table(weight, 1, 10240, torch.float32)
+        with pytest.raises(RuntimeError, match=r"4000x2000 is too long.*at most 5120.*relative_position_tables"):
+            cuda_ops.dense_position_table(weight.double(), 4000, 2000, torch.float32)
+        with pytest.raises(RuntimeError, match="need 4294967296 CUDA blocks; at most 2147483647"):
+            cuda_ops.dense_position_table(one.expand(1 << 20, 3), 64, 64, torch.float32)
+        with pytest.raises(RuntimeError, match="need 8589934592 CUDA blocks; at most 2147483647"):
+            cuda_ops.relative_position_tables(one.expand(1 << 39, 3), 1, 1)
+        tables = one.expand(1 << 31, 1, 1)
+        with pytest.raises(RuntimeError, match="need 2147483648 CUDA blocks; at most 2147483647"):
+            cuda_ops.relative_position_tables_backward(tables, tables, tables, tables)
+
+    @pytest.mark.parametrize("where", ["gpu", "cpu"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_equal_the_cpu_s(self, dtype, where, request):
+        if where == "cpu":
+            cuda, device = request.getfixturevalue("cuda_ops"), "cpu"
+        elif torch.cuda.is_available():
+            cuda, device = ops, "cuda"
+        else:
+            pytest.skip("no GPU here; the kernels run on the CPU")
+        pos_weight = torch.randn(5, 3, dtype=dtype)
+        tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+        expected = ops.relative_position_tables(pos_weight, 13, 21)
+        tables = cuda.relative_position_tables(pos_weight.to(device), 13, 21)
+        grads = [torch.randn_like(table) for table in expected]
+        for truth, found in zip(expected, tables, strict=True):
+            torch.testing.assert_close(found.cpu(), truth, **tolerance)
+        torch.testing.assert_close(
+            cuda.relative_position_tables_backward(*(g.to(device) for g in grads), *tables).cpu(),
+            ops.relative_position_tables_backward(*grads, *expected),
+            **tolerance,
+        )
+        dense = cuda.dense_position_table(pos_weight.to(device), 13, 21, torch.float32)
+        torch.testing.assert_close(
+            dense.cpu(), ops.dense_position_table(pos_weight, 13, 21, torch.float32), **tolerance
+        )

@@ -46,8 +46,7 @@ inline void check_table(const Tensor& table, const Tensor& like, const char* nam
   STD_TORCH_CHECK(
       table.dim() == 3 && table.size(1) == table.size(2) && table.size(1) > 0, name, " must have shape (heads, L, L)");
   STD_TORCH_CHECK(
-      table.size(0) == like.size(0) && table.scalar_type() == like.scalar_type() &&
-          table.get_device_index() == like.get_device_index() && table.is_cpu() == like.is_cpu(),
+      table.size(0) == like.size(0) && table.scalar_type() == like.scalar_type() && table.device() == like.device(),
       name, " must agree with the other tables in heads, dtype and device");
 }
 
@@ -70,7 +69,8 @@ inline std::tuple<Tensor, Tensor> empty_tables(const Tensor& pos_weight, int64_t
       torch::stable::new_empty(pos_weight, {heads, width, width})};
 }
 
-inline Tensor empty_dense_table(const Tensor& pos_weight, int64_t height, int64_t width, ScalarType dtype) {
+inline void check_dense_table(const Tensor& pos_weight, int64_t height, int64_t width, ScalarType dtype) {
+  check_pos_weight(pos_weight, height, width);
   STD_TORCH_CHECK(
       dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
       "the dense table's dtype must be float32, float16 or bfloat16");
@@ -80,7 +80,11 @@ inline Tensor empty_dense_table(const Tensor& pos_weight, int64_t height, int64_
   STD_TORCH_CHECK(
       heads == 0 || tokens <= limit / heads / padded(tokens),
       "the table would have more elements than 64 bits can count");
-  return torch::stable::new_empty(pos_weight, {heads, tokens, padded(tokens)}, dtype);
+}
+
+inline Tensor empty_dense_table(const Tensor& pos_weight, int64_t height, int64_t width, ScalarType dtype) {
+  const int64_t tokens = height * width;
+  return torch::stable::new_empty(pos_weight, {pos_weight.size(0), tokens, padded(tokens)}, dtype);
 }
 
 // A (heads, 3) weight of any strides.

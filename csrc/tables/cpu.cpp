@@ -117,7 +117,7 @@ void fill_dense_as(const Tensor& pos_weight, int64_t height, int64_t width, Scal
 }
 
 Tensor dense_position_table(const Tensor& pos_weight, int64_t height, int64_t width, ScalarType dtype) {
-  check_pos_weight(pos_weight, height, width);
+  check_dense_table(pos_weight, height, width, dtype);
   STD_TORCH_CHECK(pos_weight.is_cpu(), "pos_weight must be on the CPU");
   Tensor table = empty_dense_table(pos_weight, height, width, dtype);
   if (pos_weight.scalar_type() == ScalarType::Float) {

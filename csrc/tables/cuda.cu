@@ -20,6 +20,7 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
+constexpr int64_t kSharedBytes = 40 * 1024;  // of shared memory for one block of the dense table: any GPU has them
 
 cudaStream_t current_stream(const Tensor& t) {
   void* stream = nullptr;
@@ -49,25 +50,24 @@ __global__ void tables_kernel(PosWeight<T> weight, int64_t heads, int64_t height
 }
 
 template <typename T>
-void launch_tables(const Tensor& pos_weight, Tensor& row_table, Tensor& col_table) {
-  const int64_t heads = pos_weight.size(0), height = row_table.size(1), width = col_table.size(1);
-  const unsigned int blocks = checked_blocks((heads * (height + width) + kThreads - 1) / kThreads);
+void launch_tables(unsigned int blocks, const Tensor& pos_weight, Tensor& row_table, Tensor& col_table) {
   tables_kernel<T><<<blocks, kThreads, 0, current_stream(pos_weight)>>>(
-      PosWeight<T>(pos_weight), heads, height, width, static_cast<T*>(row_table.mutable_data_ptr()),
-      static_cast<T*>(col_table.mutable_data_ptr()));
+      PosWeight<T>(pos_weight), pos_weight.size(0), row_table.size(1), col_table.size(1),
+      static_cast<T*>(row_table.mutable_data_ptr()), static_cast<T*>(col_table.mutable_data_ptr()));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 std::tuple<Tensor, Tensor> relative_position_tables(const Tensor& pos_weight, int64_t height, int64_t width) {
   check_pos_weight(pos_weight, height, width);
   STD_TORCH_CHECK(pos_weight.is_cuda(), "pos_weight must be on a CUDA device");
+  const unsigned int blocks = checked_blocks((pos_weight.size(0) * (height + width) + kThreads - 1) / kThreads);
   const torch::stable::accelerator::DeviceGuard guard(pos_weight.get_device_index());
   auto [row_table, col_table] = empty_tables(pos_weight, height, width);
-  if (pos_weight.size(0) > 0) {
+  if (blocks > 0) {
     if (pos_weight.scalar_type() == ScalarType::Float) {
-      launch_tables<float>(pos_weight, row_table, col_table);
+      launch_tables<float>(blocks, pos_weight, row_table, col_table);
     } else {
-      launch_tables<double>(pos_weight, row_table, col_table);
+      launch_tables<double>(blocks, pos_weight, row_table, col_table);
     }
   }
   return {row_table, col_table};
@@ -106,8 +106,9 @@ __global__ void gradient_kernel(Table<T> rows, Table<T> cols, Table<T> d_rows, T
 
 template <typename T>
 void launch_gradient(
-    const Tensor& grad_row, const Tensor& grad_col, const Tensor& row_table, const Tensor& col_table, Tensor& out) {
-  gradient_kernel<T><<<checked_blocks(row_table.size(0)), kThreads, 0, current_stream(row_table)>>>(
+    unsigned int blocks, const Tensor& grad_row, const Tensor& grad_col, const Tensor& row_table,
+    const Tensor& col_table, Tensor& out) {
+  gradient_kernel<T><<<blocks, kThreads, 0, current_stream(row_table)>>>(
       Table<T>(row_table), Table<T>(col_table), Table<T>(grad_row), Table<T>(grad_col),
       static_cast<T*>(out.mutable_data_ptr()));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -117,13 +118,14 @@ Tensor relative_position_tables_backward(
     const Tensor& grad_row, const Tensor& grad_col, const Tensor& row_table, const Tensor& col_table) {
   check_backward(grad_row, grad_col, row_table, col_table);
   STD_TORCH_CHECK(row_table.is_cuda(), "the tables must be on a CUDA device");
+  const unsigned int blocks = checked_blocks(row_table.size(0));
   const torch::stable::accelerator::DeviceGuard guard(row_table.get_device_index());
   Tensor gradient = torch::stable::new_empty(row_table, {row_table.size(0), 3});
-  if (row_table.size(0) > 0) {
+  if (blocks > 0) {
     if (row_table.scalar_type() == ScalarType::Float) {
-      launch_gradient<float>(grad_row, grad_col, row_table, col_table, gradient);
+      launch_gradient<float>(blocks, grad_row, grad_col, row_table, col_table, gradient);
     } else {
-      launch_gradient<double>(grad_row, grad_col, row_table, col_table, gradient);
+      launch_gradient<double>(blocks, grad_row, grad_col, row_table, col_table, gradient);
     }
   }
   return gradient;
@@ -132,7 +134,7 @@ Tensor relative_position_tables_backward(
 // One block a table row: both axes' probabilities into shared memory, then their outer product out in one sweep.
 template <typename T, typename Out>
 __global__ void dense_kernel(PosWeight<T> weight, int64_t height, int64_t width, int64_t columns, Out* table) {
-  extern __shared__ unsigned char shared[];
+  extern __shared__ double shared[];  // the larger alignment of the two
   T* along_x = reinterpret_cast<T*>(shared);
   T* along_y = along_x + width;
   const int64_t tokens = height * width;
@@ -151,37 +153,42 @@ __global__ void dense_kernel(PosWeight<T> weight, int64_t height, int64_t width,
 }
 
 template <typename T, typename Out>
-void launch_dense(const Tensor& pos_weight, int64_t height, int64_t width, Tensor& table) {
+void launch_dense(unsigned int blocks, const Tensor& pos_weight, int64_t height, int64_t width, Tensor& table) {
   const int64_t bytes = (height + width) * static_cast<int64_t>(sizeof(T));
-  STD_TORCH_CHECK(
-      bytes <= 40 * 1024, "a grid of ", height, "x", width, " is too long for the dense table; use the factors");
-  const unsigned int blocks = checked_blocks(pos_weight.size(0) * height * width);
   dense_kernel<T, Out><<<blocks, kThreads, bytes, current_stream(pos_weight)>>>(
       PosWeight<T>(pos_weight), height, width, table.size(2), static_cast<Out*>(table.mutable_data_ptr()));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 template <typename T>
-void launch_dense_as(const Tensor& pos_weight, int64_t height, int64_t width, ScalarType dtype, Tensor& table) {
+void launch_dense_as(
+    unsigned int blocks, const Tensor& pos_weight, int64_t height, int64_t width, ScalarType dtype, Tensor& table) {
   if (dtype == ScalarType::Float) {
-    launch_dense<T, float>(pos_weight, height, width, table);
+    launch_dense<T, float>(blocks, pos_weight, height, width, table);
   } else if (dtype == ScalarType::Half) {
-    launch_dense<T, torch::headeronly::Half>(pos_weight, height, width, table);
+    launch_dense<T, torch::headeronly::Half>(blocks, pos_weight, height, width, table);
   } else {
-    launch_dense<T, torch::headeronly::BFloat16>(pos_weight, height, width, table);
+    launch_dense<T, torch::headeronly::BFloat16>(blocks, pos_weight, height, width, table);
   }
 }
 
 Tensor dense_position_table(const Tensor& pos_weight, int64_t height, int64_t width, ScalarType dtype) {
-  check_pos_weight(pos_weight, height, width);
+  check_dense_table(pos_weight, height, width, dtype);
   STD_TORCH_CHECK(pos_weight.is_cuda(), "pos_weight must be on a CUDA device");
+  const int64_t longest =
+      kSharedBytes / (pos_weight.scalar_type() == ScalarType::Float ? sizeof(float) : sizeof(double));
+  STD_TORCH_CHECK(
+      height + width <= longest, "a grid of ", height, "x", width,
+      " is too long for the dense table on CUDA: height + width is at most ", longest,
+      " in pos_weight's dtype; use relative_position_tables");
+  const unsigned int blocks = checked_blocks(pos_weight.size(0) * height * width);
   const torch::stable::accelerator::DeviceGuard guard(pos_weight.get_device_index());
   Tensor table = empty_dense_table(pos_weight, height, width, dtype);
-  if (pos_weight.size(0) > 0) {
+  if (blocks > 0) {
     if (pos_weight.scalar_type() == ScalarType::Float) {
-      launch_dense_as<float>(pos_weight, height, width, dtype, table);
+      launch_dense_as<float>(blocks, pos_weight, height, width, dtype, table);
     } else {
-      launch_dense_as<double>(pos_weight, height, width, dtype, table);
+      launch_dense_as<double>(blocks, pos_weight, height, width, dtype, table);
     }
   }
   return table;
