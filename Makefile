@@ -88,21 +88,28 @@ endef
 
 # The CPU library under the compiler's sanitizers, without the tests that only repeat its paths on larger or more data.
 # Of the emulated units that of AMX alone, in bfloat16: the others' code is that of the units whose names they have.
+# The CUDA kernels of the tables run there, too, compiled for the CPU (tests/cuda_on_cpu), and on small grids under
+# ThreadSanitizer, beside the ordinary library, which it does not see. Older ones of it fail where addresses are random in
+# many bits, so they are not, where that may be said.
 SANITIZED := build/sanitized
 SANITIZERS := -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
+runtime = LD_PRELOAD="$$($(CXX) -print-file-name=lib$(1).so) $$($(CXX) -print-file-name=libstdc++.so)"
+UNDER_ASAN = env ASAN_OPTIONS=detect_leaks=0 CXXFLAGS="$(SANITIZERS)" $(call runtime,asan)
+UNDER_TSAN = $(shell setarch -R true 2>/dev/null && echo setarch -R) env CXXFLAGS="-O1 -fsanitize=thread" \
+	TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 OMP_NUM_THREADS=1 $(call runtime,tsan)
 sanitize: $(VENV)/built
 	$(call copy_sources,$(SANITIZED))
 	cd $(SANITIZED) && CONVIT_KERNELS_EMULATE=1 CONVIT_KERNELS_CPU=1 CONVIT_KERNELS_CUDA=0 CXXFLAGS="$(SANITIZERS)" \
 		LDFLAGS="$(SANITIZERS)" $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
-	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
-		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-		$(abspath $(BIN))/python -m pytest $(abspath tests)/test_cpu_attention.py $(abspath tests)/test_relpos.py \
+	cd $(SANITIZED) && $(UNDER_ASAN) $(abspath $(BIN))/python -m pytest $(abspath tests)/test_cpu_attention.py $(abspath tests)/test_relpos.py \
 		-k "not compile and not inductor and not average and not any_grid and not larger_blocks and not among_many and \
 		not same_bits and not several_chunks and (not emulated and not chunked or \
 		amx_bf16_emulated and bfloat16 and (grids or head_dims or any_length))" $(ARGS)
+	$(UNDER_TSAN) $(BIN)/python -m pytest tests/test_relpos.py $(ARGS) \
+		-k "cuda.cu and (factors or whole_grid or zero_padding or gradients)"
 
 # Wrong kernels of the CPU, all in one build: on every instruction set, emulated or not, the tests must notice each of
-# them.
+# them. Wrong CUDA kernels of the tables on the CPU, where it takes a sanitizer to notice some.
 MUTANTS := build/mutants
 mutants: $(VENV)/built
 	$(call copy_sources,$(MUTANTS))
@@ -110,6 +117,8 @@ mutants: $(VENV)/built
 	cd $(MUTANTS) && CONVIT_KERNELS_EMULATE=1 CONVIT_KERNELS_CPU=1 CONVIT_KERNELS_CUDA=0 CXXFLAGS=-O1 \
 		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 	cd $(MUTANTS) && PYTHONPATH=. $(abspath $(BIN))/python $(abspath tests)/native_mutants.py
+	PYTHONPATH=.:tests $(UNDER_ASAN) $(BIN)/python -m cuda_on_cpu.mutants asan
+	PYTHONPATH=.:tests $(UNDER_TSAN) $(BIN)/python -m cuda_on_cpu.mutants tsan
 
 # dist/: the sdist, and one wheel for every torch and Python, checked (ARGS=--write: their figures into docs/install.md).
 dist: $(VENV)/built

@@ -28,7 +28,7 @@ TESTS = Path(__file__).parent / "test_cpu_attention.py"
 
 
 class Mutant(NamedTuple):
-    """An expression or, with its semicolon, a statement of csrc/attention/, and what it is replaced by."""
+    """An expression or, with its semicolon, a statement of the sources, and what it is replaced by."""
 
     what: str
     test: str  # that must fail
@@ -457,14 +457,13 @@ MUTANTS = [
 ]
 
 
-def plant(folder: Path) -> None:
-    """Plants all mutants in the sources of `folder`."""
-    attention = folder / "csrc" / "attention"
-    sources = {path: path.read_text() for path in attention.rglob("*.*")}
+def plant(folder: Path, mutants: list[Mutant], defined_in: str) -> None:
+    """Plants all mutants in the sources of `folder`, and the variable's definition in one of them."""
+    sources = {path: path.read_text() for path in folder.rglob("*.*")}
     places: dict[Path, list[tuple[int, int, Mutant]]] = {path: [] for path in sources}
-    for number, mutant in enumerate(MUTANTS, 1):
+    for number, mutant in enumerate(mutants, 1):
         there = [path for path, source in sources.items() for _ in range(source.count(mutant.original))]
-        assert len(there) == 1, f"{mutant.what}: in csrc/attention there is not once: {mutant.original}"
+        assert len(there) == 1, f"{mutant.what}: in {folder} there is not once: {mutant.original}"
         places[there[0]].append((sources[there[0]].index(mutant.original), number, mutant))
     for path, planted in places.items():
         source = sources[path]
@@ -476,8 +475,8 @@ def plant(folder: Path) -> None:
             end = begin
         if planted:
             path.write_text(f'extern "C" __attribute__((visibility("default"))) int convit_mutant;\n{source}')
-    with (attention / "op.cpp").open("a") as op:
-        op.write("\nint convit_mutant = 0;\n")
+    with (folder / defined_in).open("a") as source_file:
+        source_file.write("\nint convit_mutant = 0;\n")
 
 
 class Loop:
@@ -527,7 +526,7 @@ class Loop:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        plant(Path(sys.argv[1]))
+        plant(Path(sys.argv[1]) / "csrc" / "attention", MUTANTS, "op.cpp")
     else:
         named = sorted({f"{TESTS}::{mutant.test}" for mutant in MUTANTS})
         sys.exit(pytest.main(["-s", "-p", "no:terminal", "-p", "no:cacheprovider", *named], plugins=[Loop()]))

@@ -107,7 +107,6 @@ def test_gradient_equals_autograd_through_the_whole_grid(grid, dtype):
         assert_as_exact(gradient(of_tables, dtype), rule)
 
 
-@EACH_KERNEL
 def test_first_and_second_derivatives():
     pos_weight = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda w: ck.relative_position_tables(w, (3, 4)), pos_weight)

@@ -10,8 +10,9 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -50,12 +51,13 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
 
 
-def compiled(source: Path = SOURCE) -> Path:
+def compiled() -> Path:
     """The library of the ops, in build/ until one of its sources changes.
 
     Raises:
         subprocess.CalledProcessError: the compiler, whose output says why.
     """
+    source = SOURCE
     text = source.read_text()
     for pattern, replacement in REWRITTEN.items():
         text, count = re.subn(pattern, replacement, text)
@@ -90,23 +92,24 @@ def compiled(source: Path = SOURCE) -> Path:
 
 
 @cache
-def ops(source: Path = SOURCE) -> object:
+def ops() -> ModuleType:
     """The namespace with the tables' ops, of CUDA's kernels on CPU tensors."""
     library = torch.library.Library(SPACE, "DEF")
     for name in OPS:
         library.define(name + SCHEMAS[name])
-    torch.ops.load_library(compiled(source))
-    space = getattr(torch.ops, SPACE)
+    torch.ops.load_library(compiled())
+    space: ModuleType = getattr(torch.ops, SPACE)
     space.library = library  # the ops live as long as it
     return space
 
 
 @contextmanager
-def in_place_of_the_cpu_s(space: object) -> Iterator[None]:
+def in_place_of_the_cpu_s(space: ModuleType) -> Iterator[None]:
     """Within it the package's ops on CPU tensors are those of `space`."""
     library = torch.library.Library(NAMESPACE, "IMPL")
+    cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
     for name in OPS:
-        library.impl(name, getattr(space, name).default, "CPU")
+        library.impl(name, partial(getattr(space, name).default.redispatch, cpu), "CPU")
     try:
         yield
     finally:
