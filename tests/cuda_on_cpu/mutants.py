@@ -150,4 +150,6 @@ if __name__ == "__main__":
     plant(copy / "tables", [mutant for _, mutant in MUTANTS[name]], "cuda.cu")
     cuda_on_cpu.SOURCE = copy / "tables" / "cuda.cu"
     named = sorted({f"{TESTS}::{mutant.test}" for _, mutant in MUTANTS[name]})
-    sys.exit(pytest.main(["-s", "-p", "no:terminal", "-p", "no:cacheprovider", *named], plugins=[Loop(MUTANTS[name])]))
+    small = "not (zero_padding and grid2)"  # the one that takes seconds under a sanitizer
+    options = ["-s", "-p", "no:terminal", "-p", "no:cacheprovider", "-k", small]
+    sys.exit(pytest.main([*options, *named], plugins=[Loop(MUTANTS[name])]))
