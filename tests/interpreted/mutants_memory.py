@@ -21,31 +21,29 @@ TWO, LANES, RACE = "written by two programs", "written by two lanes", "read by o
 
 F, B, C = "forward.py", "backward.py", "common.py"
 
-ROWS = "load_pair(q_ptr, rows, stride_qn, num_tokens, HEAD_DIM, HEAD0, HEAD1, "
-TAIL = "HEAD1, TAIL, PRECISION, CONTENT, POSITION, DENSE, DROPOUT, "
-DV = "store_pair(dv_ptr, columns, stride_dvn, num_tokens"
+ROWS = "rows, q.row, num_tokens, HEAD_DIM, SPLIT, "
+TAIL = "HEAD_DIM, TAIL, PRECISION, CONTENT, POSITION, DENSE, DROPOUT, "
+DV = "columns, dv.row, num_tokens"
 THIRD = "    tl.store(partial_ptrs + 2 * size, ty * share)\n"
 DC = "tl.store(row_dc_ptr + row, dc"
 BLOCKS = "triton.cdiv(tokens, config_q.block_m) * config_q.block_m"
-CONTENT = "content_ptr += b64 * stride_ob"
-COLUMNS = "store_rows(ptr, rows, stride, num_rows, x1, "
 
 MEMORY = [
     Mutant(F, ROWS + "True)", ROWS + "False)", READ, "dense"),
     Mutant(C, "mask = columns[None, :] < HEAD_DIM", "mask = columns[None, :] < HEAD_DIM + 8", READ, "odd"),
     Mutant(F, "tl.minimum(rows, num_tokens - 1)", "rows", READ, "dense"),
-    Mutant(F, "< table_columns - start", ">= 0", READ, "wide"),
+    Mutant(F, "< position.columns - start", ">= 0", READ, "wide"),
     Mutant(C, "mask = columns[None, :] < num_tokens", "mask = columns[None, :] >= 0", READ, "factored"),
     Mutant(F, TAIL + "True,", TAIL + "CONTENT,", READ, "wide"),  # where a saturated gate skips content
     Mutant(F, "* LN2, mask=rows < num_tokens)", "* LN2)", WRITE, "dense"),
     Mutant(F, "num_tokens + rows\n", "num_tokens + rows // 2\n", LANES, "dense"),
-    Mutant(F, CONTENT + " + h64 * stride_oh", CONTENT, TWO, "heads"),
-    Mutant(C, COLUMNS + "HEAD0", COLUMNS + "0", NEVER, "heads"),
+    Mutant(F, "content_ptr + offset", "content_ptr", TWO, "heads"),
+    Mutant(C, "tl.store(ptrs[1],", "tl.store(ptrs[1] - SPLIT[0],", NEVER, "heads"),
     Mutant(B, BLOCKS, "tokens", WRITE, "dense"),
     Mutant(B, "min(config_kv.block_m, config_q.block_m)", "config_kv.block_m", READ, "wide"),
     Mutant(B, "dq, dk, dv = gradient()", "dq, dk, dv = k", RACE, "dense"),
     Mutant(B, DC, DC + ", mask=rows < num_tokens", NEW, "dense"),
-    Mutant(B, "(columns[None, :] < stride_table)", "(columns[None, :] >= 0)", READ, "wide_keys"),
+    Mutant(B, "(columns[None, :] < position.columns)", "(columns[None, :] >= 0)", READ, "wide_keys"),
     Mutant(B, DV, DV + " + 1", WRITE, "dense"),
     Mutant(B, "tl.minimum(columns, num_tokens - 1)", "columns", READ, "dense"),
     Mutant(B, "size + program * BLOCK_M", "size", TWO, "dense"),
