@@ -125,9 +125,10 @@ class Guard:
         self.storages: dict[int, Storage] = {}
 
         def guarded(name: str, value: Any) -> Any:
+            if hasattr(value, "_fields"):
+                return type(value)(*(guarded(f"{name}.{each}", getattr(value, each)) for each in value._fields))
             if isinstance(value, tuple):
-                parts = [guarded(f"{name}[{index}]", part) for index, part in enumerate(value)]
-                return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+                return tuple(guarded(f"{name}[{index}]", each) for index, each in enumerate(value))
             return self.argument(name, value) if isinstance(value, Tensor) else value
 
         named = [guarded(name, value) for name, value in zip(executor.arg_names, args, strict=False)]

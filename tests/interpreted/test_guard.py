@@ -142,14 +142,16 @@ def test_one_program_reads_what_another_writes(read: int, write: int) -> None:
     assert faults(lambda: copy[2,](views[read], views[write], *RIGHT)) == {(RACE, "x_ptr")}
 
 
-@pytest.mark.parametrize("pair", [tuple, lambda pair: Pointers(*pair)])
-def test_tensors_in_tuples(pair: Callable[[list[Tensor]], tuple[Tensor, Tensor]]) -> None:
+@pytest.mark.parametrize(
+    ("pair", "names"), [(lambda *pair: pair, ("tensors[0]", "tensors[1]")), (Pointers, ("tensors.x", "tensors.y"))]
+)
+def test_tensors_in_tuples(pair: Callable[..., tuple[Tensor, Tensor]], names: tuple[str, str]) -> None:
     x, y = torch.arange(8.0)[2:6], torch.zeros(4)
     with watching():
-        copy_in_tuples[1,](pair([x, y]), (0, 0))
+        copy_in_tuples[1,](pair(x, y), (0, 0))
     assert torch.equal(x, y)
-    assert faults(lambda: copy_in_tuples[1,](pair([x, y]), (1, 0))) == {(READ, "tensors[0]")}
-    assert faults(lambda: copy_in_tuples[1,](tensors=pair([x, y]), places=(0, 1))) == {(WRITE, "tensors[1]")}
+    assert faults(lambda: copy_in_tuples[1,](pair(x, y), (1, 0))) == {(READ, names[0])}
+    assert faults(lambda: copy_in_tuples[1,](tensors=pair(x, y), places=(0, 1))) == {(WRITE, names[1])}
 
 
 def test_a_fault_says_where() -> None:
