@@ -250,7 +250,7 @@ class _Rounding(TorchDispatchMode):
         return result
 
     def _directions(self, like: Tensor) -> Tensor:
-        return (torch.randint(0, 2, like.shape, generator=self._generator) * 2 - 1).to(like.device)
+        return (torch.randint(0, 2, like.shape, generator=self._generator, device="cpu") * 2 - 1).to(like.device)
 
     def _in_turn(self, terms: Tensor) -> Tensor:
         """The sum over the first dimension as it comes out when each addition is rounded to the dtype."""

@@ -18,8 +18,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 if TYPE_CHECKING:
     from training.config import Options
 
-# Triton's interpreter is chosen for a whole process: those tests have one of their own.
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+collect_ignore = []
 TOOLS = ("accelerate", "onnxruntime", "onnxscript", "opacus", "peft", "ptflops", "torchao", "torchinfo")
 # Those tools are in an environment of their own. `make test-tools` fails where it collects nothing of the folder.
 if not all(find_spec(name) for name in TOOLS):
@@ -28,6 +27,18 @@ if not all(find_spec(name) for name in TOOLS):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seeds", type=int, default=1, help="Run each test of equivalence with so many seeds.")
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="What tests with a `device` run on.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if config.getoption("--device") == "cpu":
+        # Triton's interpreter is chosen for a whole process: those tests have one of their own.
+        collect_ignore.extend([] if interpreted else ["interpreted"])
+    elif interpreted:
+        raise pytest.UsageError("--device cuda compiles the kernels, TRITON_INTERPRET=1 interprets them: leave out one")
+    elif not (torch.cuda.is_available() or config.getoption("--collect-only")):
+        raise pytest.UsageError("--device cuda: torch sees no GPU here; leave it out for the CPU")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -49,6 +60,12 @@ def pytest_collection_finish() -> None:
 @pytest.fixture
 def seed() -> int:
     return 0
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> torch.device:
+    """What the tests of kernels that run anywhere put their tensors on: --device."""
+    return torch.device(pytestconfig.getoption("--device"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,37 @@
 """Wrong kernels: (file, right text, wrong text). The suite must fail for each (`test_mutants_are_noticed` of the
-pass that it belongs to).
+pass that it belongs to; those of the backward pass are in mutants_backward.py, of memory and order in
+mutants_memory.py).
 """
 
 from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+KERNELS = Path(__file__).resolve().parents[2] / "convit_kernels" / "triton"
+
+
+def plant(mutant: tuple[str, str, str], folder: Path) -> SimpleNamespace:
+    """The modules ``forward`` and ``backward`` of a copy of the kernels that is wrong.
+
+    The copy is in ``folder``, and is a package of that name. Nothing in the package's ``__init__`` runs, so no operator
+    is registered twice.
+    """
+    file, right, wrong = mutant
+    shutil.copytree(KERNELS, folder, dirs_exist_ok=True)
+    source = (folder / file).read_text()
+    assert right in source, "the kernels no longer have what this mutant changes"
+    (folder / file).write_text(source.replace(right, wrong))
+    package = ModuleType(folder.name)
+    package.__path__ = [str(folder)]
+    sys.modules[folder.name] = package
+    return SimpleNamespace(
+        **{name: importlib.import_module(f"{folder.name}.{name}") for name in ("forward", "backward")}
+    )
+
 
 FORWARD: list[tuple[str, str, str]] = [
     ("forward.py", "correction = tl.exp2(m - new_m)", "correction = tl.exp2(new_m - m)"),

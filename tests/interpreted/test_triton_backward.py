@@ -1,30 +1,27 @@
-"""The fused backward kernels in Triton's interpreter, held to convit_kernels.equivalence."""
+"""The fused backward kernels, held to convit_kernels.equivalence."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import interpreter
 import pytest
 import torch
 import triton
 import triton.language as tl
 from equivalence import assert_as_exact
+from guard import watching
+from mutants import KERNELS, plant
 from mutants_backward import BACKWARD
 from torch import Tensor
 
 from convit_kernels.equivalence import Expected, expected_attention
+from convit_kernels.triton import backward, forward
+from convit_kernels.triton.common import dropout_threshold, keep_mask, padded
+from convit_kernels.triton.configs import Config
 from tools.machine_code.baseline import content_backward
-
-FOLDER = Path(__file__).resolve().parents[2] / "convit_kernels" / "triton"
-kernels = interpreter.load_kernels(FOLDER, "interpreted_backward")
-keep_mask = kernels.common.keep_mask
-dropout_threshold = kernels.common.dropout_threshold
-Config = kernels.backward.Config
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAMES = ("dq", "dk", "dv", "d_gate", "d_pos_weight")
@@ -64,7 +61,7 @@ class Problem:
         scale: float | None = None,
         dropout_p: float = 0.0,
     ) -> None:
-        generator = torch.Generator().manual_seed(grid[0] * 1000 + grid[1] * 10 + head_dim)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(grid[0] * 1000 + grid[1] * 10 + head_dim)
         tokens = grid[0] * grid[1]
         heads = heads if gates is None else len(gates)
 
@@ -90,7 +87,7 @@ class Problem:
         row_factor, col_factor = factor(w[:, [1, 2]], grid[0]), factor(w[:, [0, 2]], grid[1])
         self.row_table, self.col_table = row_factor.float(), col_factor.float()
         dense = torch.einsum("hab,hcd->hacbd", row_factor, col_factor).reshape(len(w), tokens, tokens)
-        self.table = torch.zeros(len(w), tokens, kernels.common.padded(tokens), dtype=dtype)
+        self.table = torch.zeros(len(w), tokens, padded(tokens), dtype=dtype)
         self.table[:, :, :tokens] = dense
         self.philox = torch.tensor([1234567, 89])
         self.keep: Tensor | None = None
@@ -130,10 +127,10 @@ class Problem:
         dense: bool,
         blocks: tuple[int, int] = (32, 64),
         kv: tuple[int, int] | None = None,
-        backward: Callable[..., tuple[Tensor, ...]] = kernels.backward.backward,
+        launcher: Callable[..., tuple[Tensor, ...]] = backward.backward,
     ) -> tuple[Tensor, ...]:
         config = Config(*blocks, 4, 1)
-        return backward(
+        return launcher(
             self.d_out, self.q, self.k, self.v, content, lse, self.pos_weight, self.gate, self.grid, self.scale,
             table=self.table if dense else None, row_table=None if dense else self.row_table, col_table=None if dense
             else self.col_table, dropout_p=self.dropout_p, philox=self.philox if self.dropout_p > 0.0 else None,
@@ -159,19 +156,6 @@ def far(dtype: torch.dtype) -> Problem:
     """A head that looks at tokens far from the query, and sharply: of logits from the query's own place all would be
     lost to rounding."""
     return Problem((3, 9), 48, dtype, looking=(-6.0, 1.0, 2.0))
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever a kernel forgets to write is NaN."""
-    empty = torch.empty
-
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    yield
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -221,13 +205,13 @@ def test_any_scale(dtype: torch.dtype, scale: float) -> None:
     Problem((3, 5), 16, dtype, scale=scale).check(dense=True)
 
 
-def check_common_part(dtype: torch.dtype, backward: Callable[..., tuple[Tensor, ...]]) -> None:
+def check_common_part(dtype: torch.dtype, launcher: Callable[..., tuple[Tensor, ...]]) -> None:
     """All dA of a row share a large part that the softmax's gradient must take out exactly: a row of dS sums to zero.
 
     So do the keys' gradients, whatever the content that was saved had lost in half precision, up to their own rounding.
     """
     problem = Problem((3, 5), 48, dtype, common=20.0)
-    dk = problem.check(dense=True, backward=backward)[1]
+    dk = problem.check(dense=True, launcher=launcher)[1]
     left = dk.double().sum(2).abs().max().item()
     allowed = torch.finfo(dtype).eps * dk.shape[2] ** 0.5 * dk.abs().max().item()
     assert dtype == torch.float32 or left <= allowed, f"the sum of dK is {left:.3e}, not {allowed:.3e}"
@@ -235,13 +219,13 @@ def check_common_part(dtype: torch.dtype, backward: Callable[..., tuple[Tensor, 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values_with_a_common_part(dtype: torch.dtype) -> None:
-    check_common_part(dtype, kernels.backward.backward)
+    check_common_part(dtype, backward.backward)
 
 
 @pytest.mark.parametrize("programs", [1, 5, 10**6])
 def test_the_share_of_a_position_program(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few programs sum over all images and keys, many over one image and one tile each."""
-    monkeypatch.setattr(kernels.backward, "POSITION_PROGRAMS", programs)
+    monkeypatch.setattr(backward, "POSITION_PROGRAMS", programs)
     Problem((4, 9), 16, torch.float32).check(dense=True, blocks=(16, 16))
     Problem((3, 7), 16, torch.float32, dropout_p=0.2).check(dense=False, blocks=(16, 16))
 
@@ -255,7 +239,7 @@ def test_any_tile_shape(blocks: tuple[tuple[int, int], tuple[int, int]]) -> None
 @pytest.mark.parametrize("gates", [[0.5, -1.0], [-40.0, 40.0]], ids=str)
 def test_after_the_fused_forward(dtype: torch.dtype, gates: list[float]) -> None:
     problem = Problem((3, 5), 48, dtype, gates=gates, dropout_p=0.25)
-    _, lse, content = kernels.forward.forward(
+    _, lse, content = forward.forward(
         problem.q, problem.k, problem.v, problem.gate, problem.grid, problem.scale,
         table=problem.table, dropout_p=0.25, philox=problem.philox, need_grad=True, config=Config(16, 16, 4, 1),
     )  # fmt: skip
@@ -268,7 +252,7 @@ def test_ten_runs_give_the_same_bits() -> None:
     runs = [problem.fused(content, lse, dense=True, blocks=(16, 16)) for _ in range(10)]
     for run in runs[1:]:
         assert all(torch.equal(first, again) for first, again in zip(runs[0], run, strict=True))
-    assert "atomic_" not in (FOLDER / "backward.py").read_text()
+    assert "atomic_" not in (KERNELS / "backward.py").read_text()
 
 
 @pytest.mark.xfail(strict=True, reason="another order of a float32 sum gives other bits; so the test above can fail")
@@ -320,30 +304,26 @@ def test_arguments_that_do_not_fit() -> None:
     problem = Problem((3, 5), 16, torch.float32)
     good = (problem.d_out, problem.q, problem.k, problem.v, *problem.saved(), problem.pos_weight, problem.gate)
     tables = {"table": problem.table}
-    backward = kernels.backward.backward
     with pytest.raises(ValueError, match="4 x 4 grid"):
-        backward(*good, (4, 4), 1.0, **tables)
+        backward.backward(*good, (4, 4), 1.0, **tables)
     with pytest.raises(ValueError, match="either table"):
-        backward(*good, (3, 5), 1.0, row_table=problem.row_table, col_table=problem.col_table, **tables)
+        backward.backward(*good, (3, 5), 1.0, row_table=problem.row_table, col_table=problem.col_table, **tables)
     with pytest.raises(ValueError, match="philox"):
-        backward(*good, (3, 5), 1.0, dropout_p=0.5, **tables)
+        backward.backward(*good, (3, 5), 1.0, dropout_p=0.5, **tables)
     with pytest.raises(ValueError, match="dropout_p"):
-        backward(*good, (3, 5), 1.0, dropout_p=1.0, **tables)
+        backward.backward(*good, (3, 5), 1.0, dropout_p=1.0, **tables)
     with pytest.raises(ValueError, match="last stride"):
-        backward(problem.d_out.transpose(-1, -2).contiguous().transpose(-1, -2), *good[1:], (3, 5), 1.0, **tables)
+        backward.backward(
+            problem.d_out.transpose(-1, -2).contiguous().transpose(-1, -2), *good[1:], (3, 5), 1.0, **tables
+        )
 
 
-@pytest.mark.parametrize("number", range(len(BACKWARD)))
-def test_mutants_are_noticed(number: int, tmp_path: Path) -> None:
-    name, right, wrong = BACKWARD[number]
-    folder = tmp_path / "triton"
-    shutil.copytree(FOLDER, folder)
-    source = (folder / name).read_text()
-    assert right in source, "the kernels no longer have what this mutant changes"
-    (folder / name).write_text(source.replace(right, wrong))
-    mutant = interpreter.load_kernels(folder, f"mutant_backward_{number}").backward
-    mutant.POSITION_PROGRAMS = 1  # every loop runs
-    with pytest.raises(AssertionError):
+@pytest.mark.interpreter
+@pytest.mark.parametrize("mutant", BACKWARD)
+def test_mutants_are_noticed(mutant: tuple[str, str, str], tmp_path: Path) -> None:
+    kernels = plant(mutant, tmp_path).backward
+    kernels.POSITION_PROGRAMS = 1  # every loop runs
+    with pytest.raises(AssertionError), watching():
         for dtype, dropout_p in (
             (torch.float32, 0.0),
             (torch.float16, 0.0),
@@ -351,7 +331,7 @@ def test_mutants_are_noticed(number: int, tmp_path: Path) -> None:
             (torch.float16, 0.3),
         ):
             problem = Problem((3, 5), 48, dtype, batch=2, dropout_p=dropout_p)
-            problem.check(dense=True, blocks=(16, 16), backward=mutant.backward)
-        check_common_part(torch.bfloat16, mutant.backward)
+            problem.check(dense=True, blocks=(16, 16), launcher=kernels.backward)
+        check_common_part(torch.bfloat16, kernels.backward)
         for problem in (large_logits(torch.float32), far(torch.float32)):
-            problem.check(dense=True, backward=mutant.backward)
+            problem.check(dense=True, launcher=kernels.backward)

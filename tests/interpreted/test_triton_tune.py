@@ -12,6 +12,7 @@ import triton
 from convit_kernels.triton import configs, tune
 from convit_kernels.triton.candidates import candidates
 
+pytestmark = pytest.mark.interpreter
 SHAPE = tune.Shape(batch=1, heads=1, grid_size=(3, 5), head_dim=16, dtype=torch.float32)
 PASSES = configs.PASSES
 
