@@ -41,7 +41,7 @@ PACKAGE = "convit_kernels"
 REPORT = "_build.json"  # {library: reason} of those that could not be built, and of those that were not to be
 TORCH_TARGET = "0x020a000000000000"  # torch 2.10, the oldest whose stable ABI has all that the sources use
 PYTHON_TARGET = "0x030A0000"
-DEFAULT_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
+DEFAULT_ARCHITECTURES = "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 X86 = platform.machine() in ("x86_64", "AMD64")
 # The attention's CPU kernels: one unit for each instruction set, chosen when they run, and the flags of each.
 UNITS = {"csrc/attention/portable.cpp": []}
@@ -98,25 +98,33 @@ def cuda_home() -> Path:
     raise CannotBuildError("no nvcc found in CUDA_HOME, PATH, /usr/local/cuda, /opt/cuda or pip's nvidia packages")
 
 
-def architecture_flags(nvcc: Path) -> list[str]:
-    """nvcc's -gencode flags for TORCH_CUDA_ARCH_LIST, or for those of the default list that this nvcc knows."""
-    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    names = (asked or DEFAULT_ARCHITECTURES).replace(";", " ").split()
-    listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    flags = []
-    for name in names:
-        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
-        if match is None:
-            raise CannotBuildError(f"TORCH_CUDA_ARCH_LIST has {name!r}; give numbers such as 9.0 or 9.0+PTX")
-        number = match[1] + match[2]
-        if asked is None and f"compute_{number}" not in listing.split():
-            continue
-        number += match[3]
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if match[4]:
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    if not flags:
+ARCHITECTURE = re.compile(r"(\d+)\.(\d)([af]?)(\+PTX)?")
+
+
+def architectures(nvcc: Path) -> list[str]:
+    """The names in TORCH_CUDA_ARCH_LIST, or those of the default list that this nvcc knows."""
+    if asked := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        names = asked.replace(";", " ").split()
+        for name in names:
+            if not ARCHITECTURE.fullmatch(name):
+                raise CannotBuildError(f"TORCH_CUDA_ARCH_LIST has {name!r}; give numbers such as 9.0 or 9.0+PTX")
+        return names
+    listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    names = DEFAULT_ARCHITECTURES.split()
+    known = [name for name in names if f"compute_{name.removesuffix('+PTX').replace('.', '')}" in listing]
+    if not known:
         raise CannotBuildError(f"this nvcc knows none of {' '.join(names)}")
+    return known
+
+
+def architecture_flags(names: list[str]) -> list[str]:
+    """nvcc's -gencode flags for the architectures of these names."""
+    flags = []
+    for major, minor, variant, ptx in (ARCHITECTURE.fullmatch(name).groups() for name in names):
+        number = f"{major}{minor}{variant}"
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if ptx:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
 
 
@@ -216,9 +224,12 @@ class BuildNative(build_ext):
         ext.extra_link_args += ["-lcudart_static", "-lrt", "-lpthread", "-ldl"]
         nvcc = home / "bin" / "nvcc"
         command = [str(nvcc), "-std=c++17", "-O3", "--threads", "0", "-DUSE_CUDA"]
-        command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", *architecture_flags(nvcc), f"-isystem={include}"]
+        names = architectures(nvcc)
+        ext.define_macros.append(("CONVIT_KERNELS_ARCHITECTURES", f'"{" ".join(names)}"'))
+        command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", *architecture_flags(names), f"-isystem={include}"]
         kernels = [source for source in ext.depends if source.endswith(".cu")]
         ext.extra_objects = [str(self.compile(source, command)) for source in kernels]
+        ext.depends += ext.extra_objects  # for other architectures than before, all else being as it was
 
     def compile(self, source: str, command: list[str], suffix: str = "") -> Path:
         """Compiles a source that takes a command of its own; returns the object, named after it and the suffix."""

@@ -423,7 +423,7 @@ def machine_code_page(budget: Mapping[str, Any]) -> str:
         if f"{target}/forward" in ratios
     ]
     matrix = []
-    for target in targets:
+    for target in dict.fromkeys(name.split("/")[0] for name in budget["matrix"]):
         cases = [entry for name, entry in budget["matrix"].items() if name.split("/")[0] == target]
         used = [numbers for case in cases for numbers in case.values()]
         registers, spilled, shared, warps = zip(*used, strict=True)

@@ -8,6 +8,7 @@ says why. One warning says so too, unless the library was left out on purpose or
 import importlib
 import json
 import mmap
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -70,6 +71,41 @@ for _name in ("_C", "_C_cuda"):
         status[_name] = _reason = f"the native library {_name} {_problem[0]} ({_way_out(f'{_name}.abi3.so')})"
         if _problem[1]:
             warnings.warn(f"convit_kernels runs without a native library: {_reason}", RuntimeWarning, stacklevel=2)
+
+
+def _covers(built: str, capability: tuple[int, int]) -> bool:
+    """Whether code for an architecture as nvcc was given it ("8.0", "9.0a", "12.0+PTX") runs on a GPU."""
+    major, minor, variant, ptx = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", built).groups()  # type: ignore[union-attr]
+    oldest = int(major), int(minor)
+    if variant == "a":
+        return capability == oldest
+    # machine code runs on later GPUs of its own generation, what is compiled when it is loaded on all later ones
+    return capability >= oldest and (capability[0] == oldest[0] or (ptx is not None and not variant))
+
+
+def lacks_code() -> bool:
+    """Whether `_C_cuda` is loaded but has no code for one of this machine's GPUs. Initialises CUDA.
+
+    `status` then has the reason, and one warning says it.
+    """
+    path = _HERE / "_C_cuda.abi3.so"
+    if status["_C_cuda"] is not None:
+        return False
+    built = re.search(rb"convit_kernels architectures ([^\0]+)", path.read_bytes())
+    if built is None:
+        return False
+    names = built[1].decode().split()
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if not any(_covers(name, capability) for name in names):
+            status["_C_cuda"] = reason = (
+                f"the native library _C_cuda has no code for {torch.cuda.get_device_name(index)} (sm_{capability[0]}"
+                f"{capability[1]}), only for {', '.join(names)}; PyTorch makes the tables (build it with "
+                f"TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]})"
+            )
+            warnings.warn(f"convit_kernels runs without a native library: {reason}", RuntimeWarning, stacklevel=2)
+            return True
+    return False
 
 
 def instruction_sets() -> list[str]:

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from . import (
     eager_attention,
     eager_tables,
-    extension,  # noqa: F401  (loading it registers the native kernels)
+    extension,  # loading it registers the native kernels
 )
 from ._ops import add_op_namespace_prefix, ops
 from .flops import tell_counters
@@ -96,15 +96,28 @@ class _Library(torch.library.Library):
 # Which implementation torch's dispatcher calls, by op and device:
 #   gated_attention[_backward]                                   csrc/attention/op.cpp, on CUDA triton/attention.py
 #   relative_position_tables[_backward], dense_position_table    csrc/tables/cpu.cpp, on CUDA csrc/tables/cuda.cu
-# Those of csrc register themselves when extension.py loads their library; the tables' fallback, on every device, is
-# eager_tables.py. Fake kernels (shapes alone) and autograd formulas are below, the same for every device.
+# Those of csrc register themselves when extension.py loads their library; the tables' fallback, on every device and
+# where that library has no code for a GPU, is eager_tables.py. Fake kernels (shapes alone) and autograd formulas are
+# below, the same for every device.
 _library: torch.library.Library = _Library(ops.name, "DEF")  # type: ignore[no-untyped-call]
 
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
-for _name in ("relative_position_tables", "relative_position_tables_backward", "dense_position_table"):
+_TABLES = ("relative_position_tables", "relative_position_tables_backward", "dense_position_table")
+for _name in _TABLES:
     _library.impl(_name, getattr(eager_tables, _name), "CompositeExplicitAutograd")
+
+
+def _without_cuda_code() -> None:
+    """Gives the tables on CUDA back to PyTorch where the native library has no code for a GPU of this machine."""
+    if extension.lacks_code():
+        for name in _TABLES:
+            _library.impl(name, getattr(eager_tables, name), "CUDA")
+
+
+# when CUDA is initialised, which importing this must not do, and before there is a tensor on it
+torch.cuda._lazy_call(_without_cuda_code)
 
 
 # then the Triton kernels run on CPU tensors, and the native library registers none for them

@@ -118,7 +118,7 @@ def test_an_unknown_wish_is_refused(sources):
 class TestArchitectures:
     @pytest.fixture
     def flags(self, tmp_path, monkeypatch):
-        """architecture_flags with an nvcc that knows what nvcc 12.4 knows."""
+        """The flags with an nvcc that knows what nvcc 12.4 knows."""
         nvcc = tmp_path / "nvcc"
         nvcc.write_text("#!/bin/sh\nprintf 'compute_%s\\n' 50 70 75 80 86 87 89 90\n")
         nvcc.chmod(0o755)
@@ -129,13 +129,13 @@ class TestArchitectures:
         def call(names: str | None = None) -> list[str]:
             if names is not None:
                 monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", names)
-            return setup["architecture_flags"](nvcc)
+            return setup["architecture_flags"](setup["architectures"](nvcc))
 
         call.error = setup["CannotBuildError"]
         return call
 
     def test_default_is_what_the_compiler_knows(self, flags):
-        assert flags() == [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 86, 89, 90)]
+        assert flags() == [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (75, 80, 86, 89, 90)]
 
     def test_torch_cuda_arch_list_is_obeyed(self, flags):
         assert flags("7.5;9.0+PTX") == [

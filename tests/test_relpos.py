@@ -365,7 +365,7 @@ class TestCudaLibrary:
             tool = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
         library = Path(ck.__file__).parent / "_C_cuda.abi3.so"
         code = subprocess.run([tool, "--list-elf", library], capture_output=True, text=True, check=True).stdout
-        for architecture in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"):
+        for architecture in ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"):
             assert architecture + "." in code
         ptx = subprocess.run([tool, "--list-ptx", library], capture_output=True, text=True, check=True).stdout
         assert "sm_120" in ptx

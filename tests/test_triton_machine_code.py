@@ -18,6 +18,7 @@ import torch
 from processes import run_program
 
 from convit_kernels.triton import configs
+from convit_kernels.triton.config_table import TABLE
 from tools.machine_code import budget, counts, report, time_model
 from tools.machine_code.compiled import DEVICES
 from tools.machine_code.counts import Loop, issued
@@ -163,6 +164,16 @@ def test_nvidia_disassembly_becomes_blocks() -> None:
         ("sm_90", 4, 64, 300 * 1024, 0),
         ("gfx942", 4, 128, 0, 16),
         ("gfx942", 4, 64, 20 * 1024, 12),
+        ("sm_75", 4, 128, 32 * 1024, 8),  # nothing of the shared memory is reserved
+        ("sm_75", 4, 32, 0, 32),
+        (
+            "gfx1200",
+            4,
+            256,
+            0,
+            8,
+        ),  # five waves of 264 registers would fit each of two SIMDs, but one workgroup has four
+        ("gfx1200", 8, 96, 16 * 1024, 32),
     ],
 )
 def test_occupancy(device: str, warps: int, registers: int, shared: int, expected: int) -> None:
@@ -324,9 +335,36 @@ def test_every_head_dim_has_a_configuration_everywhere() -> None:
             for pass_name in configs.PASSES:
                 for dtype in (torch.float32, torch.float16, torch.bfloat16):
                     for head_dim in range(1, 257, 5):
+                        if configs.why_not(configs.family(), dtype, head_dim):
+                            assert configs.family() in ("sm_75", "gfx1200")
+                            continue
                         for regime in budget.GRIDS:
                             config = configs.lookup(pass_name, dtype=dtype, head_dim=head_dim, regime=regime)
                             assert min(config.block_m, config.block_n) >= 16 and config.num_warps in (1, 2, 4, 8)
+
+
+def test_the_rows_of_a_family_end_at_the_same_head_dim() -> None:
+    lengths: dict[tuple[str, str], set[int]] = {}
+    for key, row in TABLE.items():
+        family, *_, itemsize = key.split("/")
+        lengths.setdefault((family, itemsize), set()).add(len(row.split()))
+    assert all(len(found) == 1 for found in lengths.values()), lengths
+    assert configs.why_not("sm_75", torch.float32, 193) == "head_dim is at most 192 on sm_75, not 193"
+
+
+def test_what_a_family_does_not_take_is_refused_with_the_reason() -> None:
+    with pytest.raises(RuntimeError, match=r"the kernels take no torch\.float16 on sm_75"), configs.target("sm_75"):
+        configs.lookup("forward", dtype=torch.float16, head_dim=48)
+    assert budget.dtypes("sm_75") == ["float32"] and budget.dtypes("gfx1200") == ["float16", "bfloat16"]
+
+
+def test_the_matrix_has_the_finer_tiles_once_and_only_where_they_differ() -> None:
+    few = budget.Case("sm_90", "backward", "bfloat16", 48, "dense", few=True)
+    assert str(few) == "sm_90/backward/bfloat16/48/dense/few" and few in budget.matrix_cases(["sm_90"])
+    assert budget.of_its_own(few) == {"backward_q_kernel", "backward_kv_kernel"}
+    usual = budget.Case("sm_90", "backward", "bfloat16", 48)
+    assert budget.of_its_own(usual) == {f"backward_{name}_kernel" for name in ("q", "kv", "position", "reduce")}
+    assert not any(case.few for case in budget.matrix_cases(["sm_75", "gfx942"]))
 
 
 def test_lookup_refuses_what_it_does_not_know() -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "convit_kernels"
 OWN = ROOT / "torch-ext" / "convit_kernels"
-# imported by name, at the first call on a GPU
-BY_NAME = ("triton/attention.py",)
+# imported, or started, by name at the first call on a GPU
+BY_NAME = ("triton/attention.py", "triton/probe.py")
 
 
 def relative_imports(path: Path, name: str) -> Iterator[str]:

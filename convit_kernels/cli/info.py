@@ -18,6 +18,8 @@ from .output import console
 def native_libraries() -> dict[str, str]:
     """What became of each native library: in use, loaded but of no use here, or the reason why it is missing."""
     states = {}
+    if torch.cuda.is_available():
+        torch.cuda.init()  # which finds out whether there is code for this GPU
     for name, reason in extension.status.items():
         if reason is None and name == "_C_cuda" and not torch.cuda.is_available():
             build = "torch sees no GPU" if torch.version.cuda else "this torch has no CUDA"

@@ -502,7 +502,15 @@ def backward(
     if configs is None:
         regime: Regime = "dense" if dense else "factored"
         config_q, config_kv, config_position = (
-            lookup(name, dtype=q.dtype, head_dim=head_dim, regime=regime, num_tokens=tokens, device=q.device)
+            lookup(
+                name,
+                dtype=q.dtype,
+                head_dim=head_dim,
+                regime=regime,
+                num_tokens=tokens,
+                batch_heads=batch * heads,
+                device=q.device,
+            )
             for name in ("backward_q", "backward_kv", "backward_position")
         )
     else:

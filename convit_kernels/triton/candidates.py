@@ -9,7 +9,7 @@ from .configs import Config
 # Rows x columns x warps for 16-bit elements and for float32. The best first, by a model of time: more rows a program
 # mean less traffic from L2 and fewer instructions, until registers run out.
 TILES = {
-    ("forward", 2): "128x32x8 128x64x8 64x32x4 64x32x8 32x32x8 32x32x4 32x16x4 16x16x4 16x16x8",
+    ("forward", 2): "128x32x8 128x64x8 64x32x4 64x64x4 64x32x8 32x32x8 32x32x4 32x16x4 16x16x4 16x16x8",
     ("forward", 4): "64x32x8 32x32x8 32x32x4 32x16x4 32x16x8 16x16x4 16x16x8",
     ("backward_q", 2): "128x32x8 64x32x4 64x16x4 64x16x8 32x32x4 16x64x4 32x16x4 16x32x8 16x16x4 16x16x8",
     ("backward_q", 4): "64x64x8 64x32x8 32x64x8 32x32x8 32x32x4 32x16x8 16x32x8 16x16x8 16x16x4",

@@ -1,9 +1,18 @@
 """The table of launch configurations, written by ``python -m tools.machine_code.choose --write``; see `configs`.
 
-Family/pass/regime/bytes of an element -> for each of `configs.HEAD_DIM_BUCKETS` rows x columns x warps x stages.
+Family/pass/regime/bytes of an element -> for each of `configs.HEAD_DIM_BUCKETS` rows x columns x warps x stages. The
+rows are shorter where no tile was found that can be launched for a larger head_dim without spilling. They are absent
+where Triton has no matrix instructions for such elements: for halves on Turing since its version 3.3, for float32 on
+RDNA.
 """
 
 TABLE: dict[str, str] = {
+    "sm_75/forward/dense/4": "64x32x8x2 64x32x8x2 64x32x8x2 32x32x8x2 32x32x8x2 32x32x8x2 16x16x8x2 16x16x8x2",
+    "sm_75/forward/factored/4": "64x32x8x2 64x32x8x2 64x32x8x2 64x32x8x2 64x32x8x2 64x32x8x2 64x32x8x2 32x16x8x2",
+    "sm_75/backward_q/dense/4": "64x64x8x2 64x64x8x2 64x64x8x2 32x64x8x2 32x32x8x2 32x32x8x2 16x32x8x2 16x16x8x2",
+    "sm_75/backward_kv/dense/4": "32x64x8x2 32x64x8x2 32x64x8x2 32x64x8x2 32x32x8x2 32x32x8x2 32x32x8x2 16x16x8x2",
+    "sm_75/backward_kv/factored/4": "32x64x8x2 32x64x8x2 32x64x8x2 32x64x8x2 32x32x8x2 32x32x8x2 32x32x8x2 16x16x8x2",
+    "sm_75/backward_position/dense/4": "64x64x8x2 64x32x8x2 64x64x8x2 64x64x8x2 64x32x8x2 32x32x8x2 64x32x8x2 16x16x4x2",
     "sm_80/forward/dense/2": "128x32x8x2 128x32x8x2 128x32x8x2 128x32x8x2 128x32x8x2 128x32x8x2 128x32x8x2 32x32x8x2 64x32x8x2",
     "sm_80/forward/dense/4": "64x32x8x2 64x32x8x2 64x32x8x2 64x32x8x2 32x32x8x2 32x32x8x2 32x32x8x2 32x16x8x2 32x32x8x2",
     "sm_80/forward/factored/2": "128x32x8x2 128x32x8x2 128x32x8x2 128x32x8x2 64x32x8x2 64x32x8x2 64x32x8x2 32x32x8x2 32x32x8x2",
@@ -52,6 +61,18 @@ TABLE: dict[str, str] = {
     "sm_100/backward_kv/factored/4": "32x32x8x2 32x32x8x2 32x32x8x2 32x32x8x2 32x64x8x2 16x16x4x2 32x32x8x2 16x32x8x2 32x32x8x2",
     "sm_100/backward_position/dense/2": "64x64x4x2 64x64x4x2 64x64x4x2 64x64x4x2 64x64x4x2 64x32x4x2 128x64x8x2 64x64x8x2 64x64x8x2",
     "sm_100/backward_position/dense/4": "64x64x8x2 64x32x8x2 64x64x8x2 64x64x8x2 64x32x8x2 64x32x8x2 64x32x8x2 32x32x4x2 32x32x8x2",
+    "gfx90a/forward/dense/2": "128x32x8x2 128x32x8x2 128x32x8x2 128x32x8x2 64x32x8x2 64x32x8x2 64x32x8x2 64x32x4x1 32x32x8x2",
+    "gfx90a/forward/dense/4": "32x32x4x2 32x32x4x2 32x32x4x2 32x32x4x2 32x16x4x2 32x16x4x2 32x16x4x2 16x16x8x2 16x16x8x2",
+    "gfx90a/forward/factored/2": "64x32x4x2 64x32x4x2 64x32x4x2 64x32x4x2 32x32x4x2 32x32x4x2 32x32x4x2 32x16x4x2 32x16x4x2",
+    "gfx90a/forward/factored/4": "32x32x4x2 32x32x4x2 32x32x4x2 32x32x4x2 32x16x4x2 32x16x4x2 32x16x4x2 16x16x8x2 16x16x8x2",
+    "gfx90a/backward_q/dense/2": "32x32x4x1 32x32x4x1 32x32x4x1 32x32x4x1 32x32x4x1 32x32x4x1 32x32x4x1 16x16x8x1 16x16x8x1",
+    "gfx90a/backward_q/dense/4": "16x16x8x2 16x16x8x2 16x16x8x2 16x16x8x2 16x16x8x2 16x16x8x2 16x16x8x2 16x16x8x2 16x16x4x2",
+    "gfx90a/backward_kv/dense/2": "32x32x4x1 32x128x8x2 32x32x4x1 32x32x4x1 32x32x4x1 32x32x4x1 32x64x4x2 32x64x4x2 16x32x8x1",
+    "gfx90a/backward_kv/dense/4": "16x32x4x2 16x32x4x2 16x32x4x2 16x32x4x2 16x32x4x2 16x32x4x2 16x32x4x2 16x32x4x2 16x32x4x1",
+    "gfx90a/backward_kv/factored/2": "32x32x4x1 32x64x4x2 32x64x8x1 32x32x4x1 16x32x4x1 32x32x4x1 32x64x4x2 32x64x4x2 16x32x8x1",
+    "gfx90a/backward_kv/factored/4": "16x32x4x2 16x32x4x2 16x32x4x2 16x32x4x2 16x32x4x2 16x32x4x2 16x32x4x2 16x32x4x2 16x32x4x1",
+    "gfx90a/backward_position/dense/2": "128x64x8x2 128x64x8x2 64x64x4x2 128x64x8x2 128x64x8x2 128x64x8x2 128x64x8x2 64x64x8x2 64x64x8x2",
+    "gfx90a/backward_position/dense/4": "32x32x4x2 32x32x4x2 32x32x4x2 32x32x4x2 32x32x8x2 32x32x8x2 32x32x8x2 32x32x8x2 32x32x8x2",
     "gfx942/forward/dense/2": "128x32x8x2 128x32x8x2 128x32x8x2 128x32x8x2 64x32x8x2 64x32x8x2 64x32x8x2 64x32x8x2 32x32x8x2",
     "gfx942/forward/dense/4": "32x32x4x2 32x32x4x2 32x32x4x2 32x32x4x2 32x16x4x2 32x16x4x2 32x16x4x2 16x16x8x2 16x16x8x2",
     "gfx942/forward/factored/2": "64x32x4x2 64x32x4x2 64x32x4x2 64x32x4x2 32x32x4x2 32x32x4x2 32x32x4x2 32x16x4x2 32x16x4x2",
@@ -88,4 +109,10 @@ TABLE: dict[str, str] = {
     "sm_120/backward_kv/factored/4": "32x64x8x2 32x64x8x2 32x64x8x2 32x32x8x2 16x64x8x2 16x16x4x2 16x32x8x2 16x32x8x2 16x16x8x2",
     "sm_120/backward_position/dense/2": "64x64x4x2 64x64x4x2 64x64x4x2 64x64x4x2 64x64x4x2 64x64x4x2 64x64x4x2 128x64x8x2 64x32x4x2",
     "sm_120/backward_position/dense/4": "64x64x8x2 32x32x8x2 64x64x8x2 32x32x8x2 64x32x8x2 64x32x8x2 64x32x8x2 16x16x8x2 16x32x4x2",
+    "gfx1200/forward/dense/2": "128x32x8x2 128x32x8x2 128x32x8x2 128x32x8x2",
+    "gfx1200/forward/factored/2": "64x32x4x2 64x32x4x2 64x32x4x2 64x32x4x2",
+    "gfx1200/backward_q/dense/2": "32x32x4x1 32x32x4x1 32x32x4x1 32x32x4x1",
+    "gfx1200/backward_kv/dense/2": "32x32x4x1 32x128x8x2 32x32x4x1 32x64x8x1",
+    "gfx1200/backward_kv/factored/2": "32x32x4x1 32x64x4x2 32x32x4x1 32x32x4x1",
+    "gfx1200/backward_position/dense/2": "128x64x8x2 128x64x8x2 64x64x4x2 128x64x8x2",
 }

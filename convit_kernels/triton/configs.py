@@ -54,6 +54,7 @@ class Config(NamedTuple):
 # data-centre parts have 163 (80) or 227 (90, 100). 120 has the matrix instructions of 80, not those of 100, but its
 # code needs more registers than that of 86.
 FAMILIES = {
+    "sm_75": "sm_75",
     "sm_80": "sm_80",
     "sm_86": "sm_86",
     "sm_87": "sm_80",
@@ -63,9 +64,99 @@ FAMILIES = {
     "sm_103": "sm_100",
     "sm_120": "sm_120",
     "sm_121": "sm_120",
+    "gfx90a": "gfx90a",
     "gfx942": "gfx942",
     "gfx950": "gfx950",
+    "gfx1200": "gfx1200",
+    "gfx1201": "gfx1200",
 }
+
+KIB = 1024
+
+# The shared memory of a block, in bytes, that a family's tiles may need: what the smallest of its devices has.
+SHARED_MEMORY = {
+    "sm_75": 64 * KIB,
+    "sm_80": 163 * KIB,
+    "sm_86": 99 * KIB,
+    "sm_90": 227 * KIB,
+    "sm_100": 227 * KIB,
+    "sm_120": 99 * KIB,
+    "gfx90a": 64 * KIB,
+    "gfx942": 64 * KIB,
+    "gfx950": 160 * KIB,
+    "gfx1200": 64 * KIB,
+}
+
+# Where the programs of 128 queries or keys are fewer than two for each multiprocessor, many of these stand idle for
+# half of the time: there half a tile by half the warps takes the place of the table's. It reads K and V, or Q, twice as
+# often from the second-level cache, which costs more than it brings where there is work for all. For other families
+# than these, and for larger heads, some of the halves spill.
+ROWS_OF_A_PROGRAM = 128
+FINER_HEAD_DIM = 64
+FINER_FAMILIES = frozenset({"sm_80", "sm_86", "sm_90", "sm_100"})
+FINER = {
+    ("forward", Config(128, 32, 8, 2)): Config(64, 32, 4, 2),
+    ("backward_q", Config(128, 32, 8, 2)): Config(64, 32, 4, 2),
+    ("backward_kv", Config(32, 128, 8, 2)): Config(32, 64, 4, 2),
+}
+
+
+class Gpu(NamedTuple):
+    """What of a GPU decides about its launch configurations.
+
+    architecture: "sm_90", "gfx942". shared_memory: bytes that a block can have. multiprocessors: SMs, CUs.
+    """
+
+    architecture: str
+    shared_memory: int
+    multiprocessors: int
+
+
+@functools.lru_cache
+def gpu(index: int) -> Gpu:
+    """The GPU that torch counts as number ``index``."""
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        architecture = str(properties.gcnArchName).split(":")[0]
+        return Gpu(architecture, properties.shared_memory_per_block, properties.multi_processor_count)
+    architecture = f"sm_{properties.major}{properties.minor}"
+    shared_memory = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Gpu(architecture, shared_memory, properties.multi_processor_count)
+
+
+def _place(architecture: str) -> tuple[str, int]:
+    """Kind and number of an architecture: only within a kind do tiles carry over, to whatever is newer."""
+    if architecture.startswith("sm_"):
+        return "NVIDIA", int(architecture.removeprefix("sm_"))
+    # hexadecimal digits: generation, version, stepping. Waves are of 64 lanes up to generation 9, of 32 after it.
+    number = int(architecture.removeprefix("gfx"), 16)
+    return f"AMD, waves of {32 if number >= 0x1000 else 64}", number
+
+
+def nearest_family(gpu: Gpu) -> str | None:
+    """The family of a GPU: its own, for a GPU that was not known here the newest that is not newer and whose tiles fit
+    its shared memory. None where there is none."""
+    if gpu.architecture in FAMILIES:
+        return FAMILIES[gpu.architecture]
+    kind, number = _place(gpu.architecture)
+    older = {
+        name: _place(name)[1]
+        for name, shared_memory in SHARED_MEMORY.items()
+        if _place(name)[0] == kind and _place(name)[1] <= number and shared_memory <= gpu.shared_memory
+    }
+    return max(older, key=older.__getitem__, default=None)
+
+
+def why_not(family_name: str, dtype: torch.dtype, head_dim: int = 1) -> str:
+    """Why there are no launch configurations of a family for tensors of a kind; "" where there are."""
+    row = TABLE.get(table_key(family_name, "forward", "dense", dtype.itemsize))
+    if row is None:
+        return f"the kernels take no {dtype} on {family_name}, where Triton has no matrix instructions for it"
+    most = HEAD_DIM_BUCKETS[len(row.split()) - 1]
+    if head_dim > most:
+        return f"head_dim is at most {most} on {family_name}, not {head_dim}"
+    return ""
+
 
 _target: contextvars.ContextVar[str | None] = contextvars.ContextVar("convit_kernels_target", default=None)
 
@@ -82,27 +173,31 @@ def target(architecture: str) -> Iterator[None]:
         _target.reset(token)
 
 
-@functools.lru_cache
-def _architecture(index: int) -> str:
-    properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip:
-        name = str(properties.gcnArchName).split(":")[0]
-        return name if name in FAMILIES else "gfx942"
-    return f"sm_{properties.major}{properties.minor}"
+def _index(device: torch.device | None) -> int | None:
+    """The number of the GPU that `lookup` answers for; None where it is no GPU or not the one at hand, see `target`."""
+    if device is None or device.type != "cuda" or _target.get() is not None:
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def family(device: torch.device | None = None) -> str:
-    """The family of ``device``, or of the architecture set by `target`; unknown and CPU (interpreter) devices are
-    "sm_86".
+    """The family of ``device``, or of the architecture set by `target`; no device, and the CPU of Triton's interpreter,
+    are "sm_86".
 
-    That family has the smallest shared memory, so its tiles fit every device.
+    Raises:
+        RuntimeError: there are no launch configurations for this GPU.
     """
-    architecture = _target.get()
-    if architecture is None:
-        if device is None or device.type != "cuda":
-            return "sm_86"
-        architecture = _architecture(torch.cuda.current_device() if device.index is None else device.index)
-    return FAMILIES.get(architecture, "sm_86")
+    return _family(_target.get(), _index(device))
+
+
+@functools.lru_cache
+def _family(architecture: str | None, index: int | None) -> str:
+    if index is None:
+        return FAMILIES[architecture or "sm_86"]
+    found = nearest_family(gpu(index))
+    if found is None:
+        raise RuntimeError(f"there are no launch configurations for {gpu(index).architecture}")
+    return found
 
 
 def regimes(pass_name: str) -> tuple[Regime, ...]:
@@ -115,6 +210,35 @@ def table_key(family_name: str, pass_name: str, regime: Regime, itemsize: int) -
     return f"{family_name}/{pass_name}/{regime if regime in regimes(pass_name) else 'dense'}/{itemsize}"
 
 
+def table_config(
+    pass_name: str, *, dtype: torch.dtype, head_dim: int, regime: Regime, family_name: str, few: bool = False
+) -> Config:
+    """The table's configuration for a family; for ``few`` programs (see `few_programs`) with `FINER` tiles.
+
+    Raises:
+        RuntimeError: there are none for this dtype and head_dim.
+    """
+    if reason := why_not(family_name, dtype, head_dim):
+        raise RuntimeError(reason)
+    bucket = next(index for index, size in enumerate(HEAD_DIM_BUCKETS) if head_dim <= size)
+    row = TABLE[table_key(family_name, pass_name, regime, dtype.itemsize)]
+    config = Config(*map(int, row.split()[bucket].split("x")))
+    finer = few and family_name in FINER_FAMILIES and head_dim <= FINER_HEAD_DIM
+    return FINER.get((pass_name, config), config) if finer else config
+
+
+def few_programs(num_tokens: int | None, batch_heads: int | None, device: torch.device | None) -> bool:
+    """Whether a GPU has too few programs of `ROWS_OF_A_PROGRAM` for two on each multiprocessor.
+
+    Args:
+        num_tokens: of an image. batch_heads: images times heads. False where one of them is None.
+    """
+    index = _index(device)
+    if index is None or num_tokens is None or batch_heads is None:
+        return False
+    return -(-num_tokens // ROWS_OF_A_PROGRAM) * batch_heads < 2 * gpu(index).multiprocessors
+
+
 def lookup(
     pass_name: str,
     *,
@@ -122,6 +246,7 @@ def lookup(
     head_dim: int,
     regime: Regime = "dense",
     num_tokens: int | None = None,
+    batch_heads: int | None = None,
     device: torch.device | None = None,
 ) -> Config:
     """The configuration for one kernel: what `store_tuned` kept for this very device and code, else the table's.
@@ -130,23 +255,41 @@ def lookup(
         pass_name: one of `PASSES`.
         dtype: float32, float16 or bfloat16.
         head_dim: 1 to 256.
-        num_tokens: chooses among the tuned entries only.
+        num_tokens: of an image; without it nothing that was tuned is found.
+        batch_heads: images times heads: with few of them the tile is finer, see `few_programs`.
     Raises:
         ValueError: for a head_dim above 256 or an unknown pass.
+        RuntimeError: there are no launch configurations for this GPU, or for such tensors on it.
+
+    Answers are remembered until `clear`.
     """
+    # whatever the answer depends on is an argument, so that it can be remembered
+    return _lookup(pass_name, dtype, head_dim, regime, num_tokens, batch_heads, device, _target.get())
+
+
+@functools.lru_cache(maxsize=4096)
+def _lookup(
+    pass_name: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    regime: Regime,
+    num_tokens: int | None,
+    batch_heads: int | None,
+    device: torch.device | None,
+    architecture: str | None,
+) -> Config:
     if head_dim > HEAD_DIM_BUCKETS[-1]:
         raise ValueError(f"head_dim must be at most {HEAD_DIM_BUCKETS[-1]}, got {head_dim}")
     if pass_name not in PASSES:
         raise ValueError(f"unknown pass {pass_name!r}; one of {', '.join(PASSES)}")
-    if _target.get() is None and device is not None and device.type == "cuda" and num_tokens is not None:
+    few = few_programs(num_tokens, batch_heads, device)
+    if _index(device) is not None and num_tokens is not None:
         tuned = load_tuned(torch.cuda.get_device_name(device)).get(
-            entry_key(pass_name, dtype=dtype, head_dim=head_dim, regime=regime, num_tokens=num_tokens)
+            entry_key(pass_name, dtype=dtype, head_dim=head_dim, regime=regime, num_tokens=num_tokens, few=few)
         )
         if tuned is not None:
             return tuned
-    bucket = next(index for index, size in enumerate(HEAD_DIM_BUCKETS) if head_dim <= size)
-    row = TABLE[table_key(family(device), pass_name, regime, dtype.itemsize)]
-    return Config(*map(int, row.split()[bucket].split("x")))
+    return table_config(pass_name, dtype=dtype, head_dim=head_dim, regime=regime, family_name=family(device), few=few)
 
 
 # ---- the user's cache of measured configurations ---------------------------------------------------------------------
@@ -160,9 +303,14 @@ def cache_file() -> Path:
     return Path(folder) / "triton_configs.json"
 
 
-def entry_key(pass_name: str, *, dtype: torch.dtype, head_dim: int, regime: Regime, num_tokens: int) -> str:
-    """The name of one tuned entry. Token counts share it up to the next power of two, as tiles care for no more."""
-    return f"{pass_name}/{regime}/{str(dtype).removeprefix('torch.')}/{head_dim}/{1 << (num_tokens - 1).bit_length()}"
+def entry_key(
+    pass_name: str, *, dtype: torch.dtype, head_dim: int, regime: Regime, num_tokens: int, few: bool = False
+) -> str:
+    """The name of one tuned entry. Token counts share it up to the next power of two, as tiles care for no more, and
+    batches and heads but for `few_programs`."""
+    tokens = 1 << (num_tokens - 1).bit_length()
+    few_or_not = "/few" if few else ""
+    return f"{pass_name}/{regime}/{str(dtype).removeprefix('torch.')}/{head_dim}/{tokens}{few_or_not}"
 
 
 class _WithoutDocstrings(ast.NodeTransformer):
@@ -254,6 +402,6 @@ def store_tuned(device_name: str, entries: dict[str, Config]) -> Path:
 
 
 def clear() -> None:
-    """Forgets what was read, so that the next `lookup` reads the file again."""
-    _read.cache_clear()
-    _section.cache_clear()
+    """Forgets what was read, of the file and of the GPUs, so that the next `lookup` reads it again."""
+    for remembered in (_read, _section, _lookup, _family, gpu):
+        remembered.cache_clear()

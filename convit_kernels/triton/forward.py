@@ -283,6 +283,7 @@ def forward(
             head_dim=head_dim,
             regime="dense" if dense else "factored",
             num_tokens=tokens,
+            batch_heads=batch * heads,
             device=q.device,
         )
 

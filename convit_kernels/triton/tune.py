@@ -30,7 +30,8 @@ Run = Callable[[], object]
 
 
 class Shape(NamedTuple):
-    """What is tuned for. The choice is kept for the dtype, the head_dim, the regime and about as many tokens."""
+    """What is tuned for. The choice is kept for the dtype, the head_dim, the regime, about as many tokens, and as few
+    programs or more, see `configs.few_programs`."""
 
     batch: int
     heads: int
@@ -82,8 +83,11 @@ def tune(shape: Shape, device: torch.device, timed: Callable[[Run], float] = on_
     def attend(config: Config) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return forward(q, k, v, gate, (height, width), scale, need_grad=True, config=config, **tables)
 
+    few = configs.few_programs(tokens, batch * heads, device)
     chosen = {
-        name: configs.lookup(name, dtype=dtype, head_dim=head_dim, regime=regime, device=device)
+        name: configs.table_config(
+            name, dtype=dtype, head_dim=head_dim, regime=regime, family_name=configs.family(device), few=few
+        )
         for name in configs.PASSES
     }
     _, lse, content = attend(chosen["forward"])
@@ -109,7 +113,7 @@ def tune(shape: Shape, device: torch.device, timed: Callable[[Run], float] = on_
         best = chosen[pass_name] = min(seconds, key=seconds.__getitem__)
         yield Finding(pass_name, best, seconds[best], before, seconds.get(before, math.inf), len(seconds))
     entries = {
-        configs.entry_key(name, dtype=dtype, head_dim=head_dim, regime=regime, num_tokens=tokens): config
+        configs.entry_key(name, dtype=dtype, head_dim=head_dim, regime=regime, num_tokens=tokens, few=few): config
         for name, config in chosen.items()
     }
     configs.store_tuned(torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter", entries)

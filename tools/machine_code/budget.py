@@ -25,7 +25,7 @@ import json
 import math
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +72,10 @@ class Case:
     dtype: str = "bfloat16"
     head_dim: int = 48
     regime: configs.Regime = "dense"
+    few: bool = False  # the configurations for few programs
 
     def __str__(self) -> str:
-        return f"{self.device}/{self.pass_name}/{self.dtype}/{self.head_dim}/{self.regime}"
+        return f"{self.device}/{self.pass_name}/{self.dtype}/{self.head_dim}/{self.regime}{'/few' if self.few else ''}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +95,30 @@ class Row:
 
 def configurations(case: Case, chosen: Mapping[str, Config] | None = None) -> dict[str, Config]:
     """The launch configuration of each of `configs.PASSES` for a case: the chosen one, else the table's."""
-    dtype = DTYPES[case.dtype]
-    with configs.target(case.device):
-        table = {
-            name: configs.lookup(name, dtype=dtype, head_dim=case.head_dim, regime=case.regime)
-            for name in configs.PASSES
-        }
+    table = {
+        name: configs.table_config(
+            name,
+            dtype=DTYPES[case.dtype],
+            head_dim=case.head_dim,
+            regime=case.regime,
+            family_name=configs.FAMILIES[case.device],
+            few=case.few,
+        )
+        for name in configs.PASSES
+    }
     return table | dict(chosen or {})
+
+
+def of_its_own(case: Case) -> set[str]:
+    """The kernels that an entry of the matrix holds, those that no other has: kernels that read no position map are in
+    the dense cases alone, those for few programs where their configuration is another."""
+    names = {name for name in configs.PASSES if case.regime in configs.regimes(name)}
+    if case.few:
+        usual = configurations(dataclasses.replace(case, few=False))
+        names = {name for name in names if configurations(case)[name] != usual[name]}
+    elif case.regime == "dense":
+        names.add("backward_reduce")
+    return {f"{name}_kernel" for name in names if name.startswith(case.pass_name)}
 
 
 def launches(case: Case, chosen: Mapping[str, Config] | None = None) -> list[Launch]:
@@ -164,18 +182,18 @@ def trips(launch: Launch) -> Callable[[Loop], int]:
 
 
 def measure(
-    case: Case, only: str | None = None, *, chosen: Mapping[str, Config] | None = None, counted: bool = True
+    case: Case, only: Collection[str] | None = None, *, chosen: Mapping[str, Config] | None = None, counted: bool = True
 ) -> list[Row]:
     """Compiles the kernels of a case and reads their machine code.
 
     Args:
-        only: the name of the one kernel that is wanted.
+        only: the names of the kernels that are wanted; None for all.
         chosen: as for `launches`.
         counted: whether to count the issued instructions, which takes longer.
     """
     rows = []
     for launch in launches(case, chosen):
-        if only not in (None, launch.name):
+        if only is not None and launch.name not in only:
             continue
         values = launch.arguments
         report = read(compile_launch(launch, case.device), case.device, trips(launch) if counted else None)
@@ -221,12 +239,9 @@ def compared(device: str, pass_name: str) -> dict[str, Any]:
 
 def used(case: Case) -> dict[str, list[int]]:
     """One entry of the matrix: kernel -> registers, spilled bytes, shared memory, warps an SM (0 where it cannot be
-    launched).
-
-    Kernels that read no position map are in the dense cases alone.
+    launched), of the kernels that are `of_its_own`.
     """
-    only = "backward_kv_kernel" if (case.pass_name, case.regime) == ("backward", "factored") else None
-    reports = [row.report for row in measure(case, only, counted=False)]
+    reports = [row.report for row in measure(case, of_its_own(case), counted=False)]
     return {
         report.kernel: [report.registers, report.spill_bytes, report.shared, report.occupancy if report.fits else 0]
         for report in reports
@@ -236,28 +251,37 @@ def used(case: Case) -> dict[str, list[int]]:
 def source(device: str) -> str:
     """A hash of what a device's entries follow from: the kernels' code and its family's launch configurations."""
     rows = sorted(item for item in TABLE.items() if item[0].startswith(f"{configs.FAMILIES[device]}/"))
-    return hashlib.sha256(f"{configs.source_hash()}{rows}".encode()).hexdigest()[:16]
-
-
-def paper_cases(devices: Iterable[str] = tuple(DEVICES)) -> list[Case]:
-    return [Case(device, pass_name) for device in devices for pass_name in PASSES]
+    finer = (configs.FINER, configs.FINER_HEAD_DIM) if configs.FAMILIES[device] in configs.FINER_FAMILIES else ()
+    return hashlib.sha256(f"{configs.source_hash()}{rows}{finer}".encode()).hexdigest()[:16]
 
 
 def dtypes(device: str) -> list[str]:
-    """The keys of `DTYPES` that a device can be asked for: on AMD float32 is never TF32, see `matmul_precision`."""
-    return [name for name in DTYPES if name != "tf32" or DEVICES[device].backend == "cuda"]
+    """The keys of `DTYPES` that the kernels take on a device, and whose code differs: TF32 is plain float32 on AMD and
+    on Turing."""
+    names = [name for name in DTYPES if not configs.why_not(configs.FAMILIES[device], DTYPES[name])]
+    return [name for name in names if name != "tf32" or (DEVICES[device].backend == "cuda" and device != "sm_75")]
+
+
+def paper_cases(devices: Iterable[str] = tuple(DEVICES)) -> list[Case]:
+    """Both passes on every device that has bfloat16."""
+    return [Case(device, pass_name) for device in devices if "bfloat16" in dtypes(device) for pass_name in PASSES]
 
 
 def matrix_cases(devices: Iterable[str] = tuple(DEVICES)) -> list[Case]:
     """Every configuration that the tables can choose."""
-    return [
-        Case(device, pass_name, dtype, head_dim, regime)
+    cases = (
+        Case(device, pass_name, dtype, head_dim, regime, few)
         for device in devices
+        for few in (False, True)
         for pass_name in PASSES
         for dtype in dtypes(device)
         for head_dim in configs.HEAD_DIM_BUCKETS
         for regime in GRIDS
-    ]
+    )
+    taken = (
+        case for case in cases if not configs.why_not(configs.FAMILIES[case.device], DTYPES[case.dtype], case.head_dim)
+    )
+    return [case for case in taken if of_its_own(case)]
 
 
 def over_target(measured: dict[str, Any]) -> dict[str, float]:

@@ -1,10 +1,10 @@
 """Chooses launch configurations by compiling candidates and reading their machine code.
 
 It wrote `convit_kernels/triton/config_table.py`. A candidate is refused when it spills, does not fit the device or
-leaves an SM fewer than eight warps; of `convit_kernels.triton.candidates` the first that is not refused is chosen. The
-order comes from the model of time (`cost`) at head_dims 16, 48, 128 and 256 on sm_80 and sm_90. The number of stages is
-always two, for counts cannot tell what overlapping the loads is worth. All this is a choice among tiles, no prediction
-of time.
+leaves an SM fewer than eight warps of 32 lanes; of `convit_kernels.triton.candidates` the first that is not refused is
+chosen. The order comes from the model of time (`cost`) at head_dims 16, 48, 128 and 256 on sm_80 and sm_90. The number
+of stages is always two, for counts cannot tell what overlapping the loads is worth. All this is a choice among tiles,
+no prediction of time.
 
     python -m tools.machine_code.choose --devices sm_90             what is chosen, and where every candidate is refused
     python -m tools.machine_code.choose --devices sm_90 --write     ... into config_table.py
@@ -54,13 +54,12 @@ def judged(
     itemsize = budget.DTYPES[case.dtype].itemsize
     keys = {name: configs.table_key(case.device, name, case.regime, itemsize) for name in configs.PASSES}
     chosen = {name: rows[key] for name, key in keys.items() if key in rows}
-    (row,) = budget.measure(case, only=f"{pass_name}_kernel", chosen=chosen, counted=counted)
+    (row,) = budget.measure(case, only={f"{pass_name}_kernel"}, chosen=chosen, counted=counted)
     if row.report.spill_bytes:
         return f"spills {row.report.spill_bytes} bytes"
     if not row.report.fits:
         return f"needs {row.report.shared} bytes of shared memory"
-    # a warp of AMD has twice the lanes
-    if row.report.occupancy < (8 if DEVICES[case.device].backend == "cuda" else 4):
+    if row.report.occupancy * DEVICES[case.device].warp_size < 8 * 32:
         return f"leaves {row.report.occupancy} warps an SM"
     return row
 
@@ -145,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for device in options.devices
         for size in options.sizes
         for head_dim in options.head_dims
+        if any(not configs.why_not(device, budget.DTYPES[dtype], head_dim) for dtype in DTYPES[size])
     ]
     if options.costs:
         for device, size, head_dim in rows:

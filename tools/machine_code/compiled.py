@@ -19,8 +19,9 @@ KIB = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """The limits of one architecture. CUDA: CUDA C++ programming guide, "Compute capabilities"; AMD: the CDNA 3 and 4
-    white papers. ``shared_*`` in bytes, registers are 32-bit."""
+    """The limits of one architecture. CUDA: CUDA C++ programming guide, "Compute capabilities"; AMD: the white papers
+    of CDNA 2 to 4, the RDNA 4 instruction set's guide, and LLVM's guide for AMDGPU for how registers are given out.
+    ``shared_*`` in bytes, registers are 32-bit."""
 
     backend: str
     arch: int | str
@@ -31,10 +32,13 @@ class Device:
     max_blocks: int
     registers: int = 65536
     tensor_memory: int = 0  # columns, sm_100 only
+    schedulers: int = 4  # SIMDs
+    lane_registers: int = 512  # AMD: of one lane of a SIMD, for all of its waves
+    lane_granule: int = 8  # AMD: they are given to a wave in units of so many
 
     @property
     def warp_size(self) -> int:
-        return 32 if self.backend == "cuda" else 64
+        return 64 if str(self.arch).startswith("gfx9") else 32
 
     @property
     def target(self) -> GPUTarget:
@@ -42,14 +46,28 @@ class Device:
 
 
 DEVICES = {
+    "sm_75": Device("cuda", 75, 64 * KIB, 64 * KIB, 0, max_warps=32, max_blocks=16),
     "sm_80": Device("cuda", 80, 163 * KIB, 164 * KIB, KIB, max_warps=64, max_blocks=32),
     "sm_86": Device("cuda", 86, 99 * KIB, 100 * KIB, KIB, max_warps=48, max_blocks=16),
     "sm_89": Device("cuda", 89, 99 * KIB, 100 * KIB, KIB, max_warps=48, max_blocks=24),
     "sm_90": Device("cuda", 90, 227 * KIB, 228 * KIB, KIB, max_warps=64, max_blocks=32),
     "sm_100": Device("cuda", 100, 227 * KIB, 228 * KIB, KIB, max_warps=64, max_blocks=32, tensor_memory=512),
     "sm_120": Device("cuda", 120, 99 * KIB, 100 * KIB, KIB, max_warps=48, max_blocks=24),
+    "gfx90a": Device("hip", "gfx90a", 64 * KIB, 64 * KIB, 0, max_warps=32, max_blocks=32),
     "gfx942": Device("hip", "gfx942", 64 * KIB, 64 * KIB, 0, max_warps=32, max_blocks=32),
     "gfx950": Device("hip", "gfx950", 160 * KIB, 160 * KIB, 0, max_warps=32, max_blocks=32),
+    "gfx1200": Device(
+        "hip",
+        "gfx1200",
+        64 * KIB,
+        64 * KIB,
+        0,
+        max_warps=32,
+        max_blocks=16,
+        schedulers=2,
+        lane_registers=1536,
+        lane_granule=24,
+    ),
 }
 
 

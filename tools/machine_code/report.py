@@ -50,13 +50,14 @@ def occupancy(device: str, *, warps: int, registers: int, shared: int, tensor_me
     limits = DEVICES[device]
     blocks = min(limits.max_blocks, limits.max_warps // warps)
     if limits.backend == "cuda":
-        # registers are given to a warp in units of 256, and each of four schedulers has a quarter of the file
+        # registers are given to a warp in units of 256, and each scheduler has its part of the file
         a_warp = math.ceil(max(registers, 1) * 32 / 256) * 256
-        blocks = min(blocks, limits.registers // 4 // a_warp * 4 // warps)
+        blocks = min(blocks, limits.registers // limits.schedulers // a_warp * limits.schedulers // warps)
     else:
-        # 512 registers a lane of each of four SIMDs, in units of 8, at most eight waves a SIMD
-        waves = min(8, 512 // (math.ceil(max(registers, 1) / 8) * 8))
-        blocks = min(blocks, waves * 4 // warps)
+        # each SIMD has registers for some waves
+        a_wave = math.ceil(max(registers, 1) / limits.lane_granule) * limits.lane_granule
+        waves = min(limits.max_warps // limits.schedulers, limits.lane_registers // a_wave)
+        blocks = min(blocks, waves * limits.schedulers // warps)
     blocks = min(blocks, limits.shared_per_sm // max(shared + limits.shared_reserved, 1))
     if tensor_memory:
         blocks = min(blocks, limits.tensor_memory // tensor_memory)

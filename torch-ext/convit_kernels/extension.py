@@ -23,6 +23,11 @@ status: dict[str, str | None] = {
 }
 
 
+def lacks_code() -> bool:
+    """Whether the library has no code for one of this machine's GPUs: the hub gives a machine the build that has."""
+    return False
+
+
 def instruction_sets() -> list[str]:
     """Those that the CPU's attention kernels are built for and this processor runs, the fastest first."""
     return list(_native.instruction_sets()) if _on_cpu else []
