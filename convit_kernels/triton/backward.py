@@ -362,8 +362,8 @@ def backward_position_kernel(
     first_key = program // row_blocks % spans * span
     first_image = program // row_blocks // spans * group
     images = tl.minimum(group, batch_size - first_image)
-    # What lies past the end repeats the last token: no load needs a mask, P is 0 in such columns, and such rows are
-    # dropped at the end.
+    # What lies past the end repeats the last token: no load needs a mask, dA is made 0 in such columns, and such rows
+    # are dropped at the end.
     inside = tl.minimum(rows, num_tokens - 1)
     do_ptr = matrix_ptr(do, first_image, head)
     v_ptr = matrix_ptr(v, first_image, head)
@@ -407,10 +407,10 @@ def backward_position_kernel(
         column_y, column_x = coordinates(inside_columns, width)
         ax = column_x[None, :] - origin_x[:, None]
         ay = column_y[None, :] - origin_y[:, None]
+        da = tl.where(columns[None, :] < num_tokens, da - dc[:, None], 0.0)
         # P is computed once for all the images, in float32, since the table is rounded; its normaliser is applied at
         # the end.
-        p = tl.exp2(ax * (slope_x[:, None] + wr * ax) + ay * (slope_y[:, None] + wr * ay))
-        t = tl.where(columns[None, :] < num_tokens, p, 0.0) * (da - dc[:, None])
+        t = da * tl.exp2(ax * (slope_x[:, None] + wr * ax) + ay * (slope_y[:, None] + wr * ay))
         t0 += tl.sum(t, 1)
         tx += tl.sum(t * ax, 1)
         ty += tl.sum(t * ay, 1)

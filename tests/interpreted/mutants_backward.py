@@ -10,7 +10,7 @@ BACKWARD: list[tuple[str, str, str]] = [
     ("backward.py", "lse - tl.log2(content_share)", "lse"),
     ("backward.py", "factor = factor / tl.where(row_sum > 0.0, row_sum, 1.0)", "factor = factor"),
     ("backward.py", "c = tl.where(columns[None, :] < left, c, 0.0)", "c = c"),
-    ("backward.py", "t = tl.where(columns[None, :] < num_tokens, p, 0.0) * (da", "t = p * (da"),
+    ("backward.py", "da = tl.where(columns[None, :] < num_tokens, da - dc[:, None], 0.0)", "da -= dc[:, None]"),
     ("backward.py", "share = tl.where(rows < num_tokens, share_x * share_y, 0.0)", "share = share_x * share_y"),
     ("backward.py", "ty -= ey * t0", "ty -= 0.0"),
     ("backward.py", "- (exx + eyy) * t0", "+ (exx + eyy) * t0"),
@@ -26,6 +26,6 @@ BACKWARD: list[tuple[str, str, str]] = [
     ("backward.py", "c *= tl.load(row_factor_ptr + rows)[None, :]", "c = c"),
     ("backward.py", "(first_image + image) * num_heads + head,", "first_image * num_heads + head,"),
     ("backward.py", "image_v += v.batch", "image_v += 0"),
-    ("backward.py", "(da - dc[:, None])", "da"),
+    ("backward.py", "da - dc[:, None], 0.0)", "da, 0.0)"),
     ("backward.py", "image_dc += num_rows", "image_dc += 0"),
 ]
