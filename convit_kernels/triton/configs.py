@@ -93,7 +93,7 @@ SHARED_MEMORY = {
 # than these, and for larger heads, some of the halves spill.
 ROWS_OF_A_PROGRAM = 128
 FINER_HEAD_DIM = 64
-FINER_FAMILIES = frozenset({"sm_80", "sm_86", "sm_90", "sm_100"})
+FINER_FAMILIES = frozenset({"sm_80", "sm_86", "sm_90"})
 FINER = {
     ("forward", Config(128, 32, 8, 2)): Config(64, 32, 4, 2),
     ("backward_q", Config(128, 32, 8, 2)): Config(64, 32, 4, 2),
