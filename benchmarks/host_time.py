@@ -13,7 +13,7 @@ missing on both sides: eager's 17 operations forward would pay it more often tha
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import stub_driver
@@ -40,9 +40,9 @@ def launch_to_stub() -> torch.library.Library:
     """
     stub_driver.activate()
     ops.INTERPRETED = True  # there, too, it takes CPU tensors
-    library: torch.library.Library = torch.library.Library(NAMESPACE, "IMPL")  # type: ignore[no-untyped-call]
+    library: torch.library.Library = torch.library.Library(NAMESPACE, "IMPL")
     for name in ("gated_attention", "gated_attention_backward"):
-        library.impl(name, getattr(attention, name), "CPU", allow_override=True)  # type: ignore[no-untyped-call]
+        library.impl(name, getattr(attention, name), "CPU", allow_override=True)
     return library
 
 

@@ -22,6 +22,7 @@ from .common import (
     dropout_threshold,
     factored_position,
     gate_shares,
+    heads_last,
     inner,
     keep_mask,
     load_pair,
@@ -37,6 +38,7 @@ from .common import (
     zeros_pair,
 )
 from .configs import Config, lookup
+from .launch import blocks, launch
 
 
 @triton.jit
@@ -319,14 +321,11 @@ def forward(
             device=q.device,
         )
 
-    def heads_last() -> Tensor:
-        return torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
-
-    out = heads_last()
-    content = heads_last() if need_grad else None
+    out = heads_last(q)
+    content = heads_last(q) if need_grad else None
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device) if need_grad else None
-    grid = (triton.cdiv(tokens, config.block_m) * batch, heads)
-    forward_kernel[grid](
+    launch(
+        forward_kernel, (blocks(tokens, config.block_m) * batch, heads),
         q, k, v, out, content, lse, gate, table, row_table, col_table, philox,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], padded(tokens),
         abs(scale) * LOG2E, dropout_p, heads, tokens, height, width,
