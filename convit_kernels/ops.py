@@ -26,7 +26,17 @@ from .schemas import SCHEMAS
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _DERIVING = (TransformType.Grad, TransformType.Jvp)
-_PLAIN = {Tensor, torch.nn.Parameter}  # of which no class takes part in a call
+# What a call may meet on its way to a kernel of this package when nothing but autograd takes part in it: of which
+# classes the tensors are, and for what the dispatcher stops at them, or at all
+_CLASSES = {Tensor, torch.nn.Parameter}
+_STOPS = (
+    "BackendSelect",
+    "ADInplaceOrView",
+    *(f"{kind}{on}" for on in ("CPU", "CUDA") for kind in ("", "Autograd", "Autocast")),
+)
+_OTHER_STOPS = ~functools.reduce(
+    int.__or__, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr() for name in _STOPS)
+)
 
 
 def transformed() -> bool:
@@ -195,14 +205,18 @@ def attend(inputs: Inputs, philox: Tensor | None = None) -> Tensor:
 
 
 def _watched(tensors: Sequence[Tensor]) -> bool:
-    """Whether something that knows ops alone must see the calls: a compiler, a mode, a transform, a tensor's class."""
+    """Whether more than autograd takes part in a call, and it must be one of the op.
+
+    A compiler, a mode, a transform, a tracer, forward-mode differentiation, a tensor of another class or one that is
+    lazily negated.
+    """
     return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
         or torch._C._len_torch_function_stack() > 0
-        or transformed()
-        or torch._C._is_tracing()
-        or not _PLAIN.issuperset(map(type, tensors))
+        or torch._C._dispatch_tls_local_include_set().raw_repr() & _OTHER_STOPS != 0
+        or not _CLASSES.issuperset(map(type, tensors))
+        or any([torch._C._dispatch_keys(tensor).raw_repr() & _OTHER_STOPS for tensor in tensors])
     )
 
 

@@ -1,5 +1,4 @@
-"""The short way to launch a kernel that Triton has compiled before: the same kernel with the same arguments, or Triton's
-own way.
+"""The short way to launch a kernel that Triton has compiled: the same kernel, the same arguments, or Triton's own way.
 
 Nothing is compiled here: a compiler that only counts takes the place of Triton's.
 """

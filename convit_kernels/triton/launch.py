@@ -1,12 +1,13 @@
 """Launches of the kernels: at first Triton's own, then by a shorter way for arguments that are alike.
 
-`kernel[grid](...)` binds and inspects every argument, and makes a text of it all to look the compiled kernel up with, at
-each launch: longer than a small kernel takes on the GPU. Here the compiled kernel is kept under a key that needs no
+`kernel[grid](...)` binds and inspects every argument, and makes a text of it all to look the compiled kernel up with,
+at each launch: longer than a small kernel takes on the GPU. Here the compiled kernel is kept under a key that needs no
 inspection. It holds each argument itself; only a tensor stands there as what Triton compiles for, its dtype and whether
 its address divides by 16. So equal keys are the same kernel to Triton, too.
 
 The short way is for CUDA, whose compiler asks no more of a tensor. It is left to Triton whenever something watches a
-launch or takes part in it (hooks, debugging, instrumentation), replaces it (the interpreter, a recorder), or is unknown.
+launch or takes part in it (hooks, debugging, instrumentation), replaces it (the interpreter, a recorder), or is not
+known.
 """
 
 from __future__ import annotations
