@@ -204,6 +204,10 @@ def attend(inputs: Inputs, philox: Tensor | None = None) -> Tensor:
     return _forward(q, k, v, *_parameters(q, pos_weight, gate), *settings, False)[0]
 
 
+def _stops_elsewhere(tensor: Tensor) -> bool:
+    return torch._C._dispatch_keys(tensor).raw_repr() & _OTHER_STOPS != 0
+
+
 def _watched(tensors: Sequence[Tensor]) -> bool:
     """Whether more than autograd takes part in a call, and it must be one of the op.
 
@@ -216,7 +220,7 @@ def _watched(tensors: Sequence[Tensor]) -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch._C._dispatch_tls_local_include_set().raw_repr() & _OTHER_STOPS != 0
         or not _CLASSES.issuperset(map(type, tensors))
-        or any([torch._C._dispatch_keys(tensor).raw_repr() & _OTHER_STOPS for tensor in tensors])
+        or any(map(_stops_elsewhere, tensors))
     )
 
 

@@ -35,9 +35,10 @@ class _Kept(NamedTuple):
 
     def holds(self, device: int) -> bool:
         """Whether Triton, too, would find this kernel, and would not complain of a global that has changed."""
-        if self.kernel.device_caches.get(device) is not self.caches:
-            return False
-        return all(space.get(name) is value for space, name, value in self.read)
+        for space, name, value in self.read:
+            if space.get(name) is not value:
+                return False
+        return self.kernel.device_caches.get(device) is self.caches
 
 
 _kept: dict[tuple[Any, ...], _Kept] = {}
