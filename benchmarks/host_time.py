@@ -6,44 +6,51 @@
 At a small batch a GPU waits for its host, so this bounds the speed there. Ours (the backend `triton`) and timm's
 attention, operation by operation ("eager"), are measured alike: the processor time of this thread, on CPU tensors so
 small that their arithmetic takes next to nothing. Ours goes all the way to the launch of its kernels, which are
-compiled for an H100; a stub takes the place of the GPU's driver. What CUDA takes to launch a kernel, 2 to 5 us, is
-missing on both sides: eager's 17 operations forward would pay it more often than our one.
+compiled for an H100; a stub takes the place of the GPU's driver. What CUDA itself takes to launch a kernel is missing
+on both sides: eager has 17 kernels forward and 26 backward, ours 2 and 4.
 """
 
 import argparse
+import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-import stub_driver
 import torch
-from rich.console import Console
 from rich.table import Table
 from turns import content, file_to_write, positive
 
 from convit_kernels import gpsa_attention, ops
 from convit_kernels.bench.implementations import EAGER, Task, build, label
-from convit_kernels.cli.output import write_json
+from convit_kernels.cli.output import console, write_json
 from convit_kernels.schemas import NAMESPACE
-from convit_kernels.triton import attention, configs
 
 OURS = "triton"
-TASK = Task("attention", "1x16", batch=1, side=2, backward=True)
+TASK = Task("attention", "2x16", batch=2, side=2, backward=True)  # of no size that spares eager a copy
 CALLS = 50  # of one sample
 
 
-def launch_to_stub() -> torch.library.Library:
-    """From now on `triton` takes CPU tensors in this process, goes as far as the launch, and computes nothing.
+@contextmanager
+def launch_to_stub() -> Iterator[None]:
+    """Within this context `triton` takes CPU tensors, goes as far as the launch, and computes nothing."""
+    import stub_driver  # not everyone who reads results has Triton
 
-    Returns what has to be kept for that.
-    """
-    stub_driver.activate()
-    ops.INTERPRETED = True  # there, too, it takes CPU tensors
+    from convit_kernels.triton import attention, configs
+
     library: torch.library.Library = torch.library.Library(NAMESPACE, "IMPL")
     for name in ("gated_attention", "gated_attention_backward"):
         library.impl(name, getattr(attention, name), "CPU", allow_override=True)
-    return library
+    before, ops.INTERPRETED = ops.INTERPRETED, True  # there, too, it takes CPU tensors
+    try:
+        with stub_driver.active(), configs.target("sm_90"):
+            yield
+    finally:
+        ops.INTERPRETED = before
+        library._destroy()
 
 
 def calls(name: str) -> dict[str, Callable[[], object]]:
@@ -81,19 +88,25 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     return [{"what": title, "implementation": name, "seconds": seconds} for (title, name), seconds in samples.items()]
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    """Median and least of each, in microseconds, and ours over eager's."""
-    of: dict[str, dict[str, list[float]]] = {}
+HEADINGS = ("us: median (least)", label(EAGER), label(OURS), "ours / eager")
+
+
+def lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[str]]:
+    """The cells of a table under HEADINGS."""
+    of: dict[str, dict[str, tuple[float, float]]] = {}
     for row in rows:
-        of.setdefault(row["what"], {})[row["implementation"]] = row["seconds"]
-    found = Table(title="Host time of one call, us: median (least)")
-    for heading in ("", label(EAGER), label(OURS), "ratio of medians (of least)"):
-        found.add_column(heading, justify="right" if heading else "left")
-    for what, seconds in of.items():
-        numbers = {name: (statistics.median(each), min(each)) for name, each in seconds.items()}
-        cells = [f"{1e6 * median:.1f} ({1e6 * least:.1f})" for median, least in numbers.values()]
-        ratios = [ours / eager for ours, eager in zip(numbers[OURS], numbers[EAGER], strict=True)]
-        found.add_row(what, *cells, "{:.2f} ({:.2f})".format(*ratios))
+        numbers = statistics.median(row["seconds"]), min(row["seconds"])
+        of.setdefault(row["what"], {})[row["implementation"]] = numbers
+    for what, by_name in of.items():
+        times = [by_name[EAGER], by_name[OURS]]
+        cells = [f"{1e6 * median:.1f} ({1e6 * least:.1f})" for median, least in times]
+        eager, ours = times
+        yield [what, *cells, f"{ours[0] / eager[0]:.2f} ({ours[1] / eager[1]:.2f})"]
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The content of a file of results."""
+    found: dict[str, Any] = json.loads(path.read_text())
     return found
 
 
@@ -102,12 +115,17 @@ def main() -> None:
     options_of.add_argument("--out", type=file_to_write, help="write what was measured here, in JSON")
     options_of.add_argument("--rounds", type=positive(int), default=40, help="samples of each (default: 40)")
     options = options_of.parse_args()
+    if find_spec("triton") is None:
+        options_of.error("there is nothing to measure: triton is not installed")
     torch.set_num_threads(1)
-    kept = launch_to_stub()
-    with configs.target("sm_90"):
+    with launch_to_stub():
         rows = measure(options.rounds)
-    del kept
-    Console().print(table(rows))
+    found = Table()
+    for heading in HEADINGS:
+        found.add_column(heading, justify="left" if heading == HEADINGS[0] else "right")
+    for cells in lines(rows):
+        found.add_row(*cells)
+    console.print(found)
     if options.out:
         write_json(options.out, content(rows))
 

@@ -1,5 +1,8 @@
 """A driver of a GPU that is not there: Triton compiles for it, loads and launches, and nothing is run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import triton
 from triton.backends.compiler import GPUTarget
 
@@ -43,6 +46,12 @@ class StubDriver:
         return True
 
 
-def activate() -> None:
-    """From now on Triton uses the stub in this process."""
-    triton.runtime.driver.set_active(StubDriver())
+@contextmanager
+def active() -> Iterator[None]:
+    """Within this context Triton uses the stub."""
+    config = triton.runtime.driver
+    before, config._active = config._active, StubDriver()
+    try:
+        yield
+    finally:
+        config._active = before
