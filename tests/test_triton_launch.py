@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -35,6 +35,11 @@ def add(x_ptr, y_ptr, pair, size, stride: tl.constexpr, factor, BLOCK: tl.conste
     if pair[0] is not None:
         x += tl.load(pair[0] + at * pair[1], mask=at < size, other=0.0)
     tl.store(y_ptr + at, x)
+
+
+class Pair(NamedTuple):
+    ptr: Any
+    stride: Any
 
 
 class Driver:
@@ -102,6 +107,8 @@ def some(pick: random.Random) -> tuple[tuple[Any, ...], dict[str, Any]]:
     ints = [1, 2, 15, 16, 17, 32, 2**31 - 16, 2**31, 2**33, 2**33 + 1]
     numbers = [*ints, 0, -1, -16, 1.0, 0.5, 0.0, True, False, None]
     pair = pick.choice([(None, 1), (pick.choice(pointers), pick.choice(ints)), (pick.choice(pointers), None)])
+    if pick.random() < 0.5:
+        pair = Pair(pair[0], pick.choice([pair[1], tl.constexpr(pick.choice(ints))]))
     arguments = (pick.choice(pointers), pick.choice(pointers), pair, pick.choice(numbers), pick.choice(ints))
     constants = {"BLOCK": pick.choice([16, 32]), "EXACT": pick.choice([True, False])}
     if pick.random() < 0.5:
@@ -150,15 +157,16 @@ def test_another_tensor_of_a_dtype_and_alignment_has_the_same_key(machine: Machi
         {"size": 2**40},
         {"stride": 2},
         {"factor": 1},
-        {"pair": (tensors()[0], 8)},
+        {"pair": (tensors()[0], 16)},
         {"pair": (None, 1)},
+        {"pair": (tensors()[0], tl.constexpr(4))},
         {"BLOCK": 32},
         {"EXACT": False},
         {"num_warps": 8},
     ],
 )
 def test_what_triton_compiles_anew_has_a_key_of_its_own(machine: Machine, change: dict[str, Any]) -> None:
-    usual = {"x": tensors()[0], "y": tensors()[0], "pair": (tensors()[0], 1), "size": 16, "stride": 1, "factor": 1.0}
+    usual = {"x": tensors()[0], "y": tensors()[0], "pair": (tensors()[0], 4), "size": 16, "stride": 1, "factor": 1.0}
     usual |= {"BLOCK": 16, "EXACT": True, "num_warps": 4}
 
     def case(values: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

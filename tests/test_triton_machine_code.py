@@ -54,7 +54,7 @@ def test_nested_loops_multiply_and_the_caller_tells_them_apart() -> None:
         Block(["B"], [2]),
         Block(["HMMA.16816.F32"], [2, 3]),
         Block(["C"], [1, 4]),
-        Block(["E"], [4, 5]),
+        Block(["MUFU.EX2"], [4, 5]),
         Block(["D"], []),
     ]
     seen: list[Loop] = []
@@ -63,11 +63,11 @@ def test_nested_loops_multiply_and_the_caller_tells_them_apart() -> None:
         seen.append(loop)
         return [3, 5, 11][loop.index]
 
-    assert issued(blocks, trips) == Counter({"A": 1, "B": 3, "HMMA.16816.F32": 15, "C": 3, "E": 11, "D": 1})
+    assert issued(blocks, trips) == Counter({"A": 1, "B": 3, "HMMA.16816.F32": 15, "C": 3, "MUFU.EX2": 11, "D": 1})
     assert seen == [
-        Loop(0, outer=True, matrix=True),
-        Loop(1, outer=False, matrix=True),
-        Loop(2, outer=False, matrix=False),
+        Loop(0, outer=True, matrix=True, special=False),
+        Loop(1, outer=False, matrix=True, special=False),
+        Loop(2, outer=False, matrix=False, special=True),
     ]
 
 

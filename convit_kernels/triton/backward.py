@@ -36,26 +36,38 @@ from torch import Tensor
 
 from .common import (
     LOG2E,
-    LOWEST,
+    Dropout,
+    Position,
     accumulate,
+    add_inner,
     dropout_threshold,
     factored_position,
+    factors_ptrs,
     gate_shares,
     heads_last,
     inner,
     keep_mask,
-    load_pair,
+    load_rows,
     matmul_precision,
+    matrix_ptr,
+    mixed,
     padded,
+    program_block,
+    row_products,
+    rows_of,
     saturation,
+    scaled,
     split_head_dim,
-    store_pair,
-    zeros_pair,
+    store_rows,
+    zeros,
 )
 from .configs import Config, Regime, lookup
 from .launch import blocks, launch
 
 LOG2E_: tl.constexpr = tl.constexpr(LOG2E)
+
+# Coordinates of an axis that `axis_moments` takes at once.
+AXIS_STEP: tl.constexpr = tl.constexpr(4)
 
 # Programs of the position kernel: enough to fill a large GPU, few enough that each sums many images before it reduces.
 POSITION_PROGRAMS = 128
@@ -63,43 +75,37 @@ POSITION_PROGRAMS = 128
 
 @triton.jit
 def query_tile(
-    dq0, dq1, sum_tile, q0, q1, do0, do1, lse, dc,
-    k_ptr, v_ptr, stride_kn, stride_vn, philox_ptr, batch_head, threshold, inverse_keep, logit_scale, rows, start,
+    dq, sum_tile, q, do, lse, dc, k_ptr, k_stride, v_ptr, v_stride, draw, inverse_keep, logit_scale, rows, start,
     num_tokens,
-    HEAD_DIM: tl.constexpr, HEAD0: tl.constexpr, HEAD1: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr, DROPOUT: tl.constexpr, LAST: tl.constexpr,
+    HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    DROPOUT: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys for a block of queries. k_ptr and v_ptr point at the tile. LAST: it reaches past the last
     token."""
     columns = tl.arange(0, BLOCK_N)
     left = num_tokens - start
-    k0, k1 = load_pair(k_ptr, columns, stride_kn, left, HEAD_DIM, HEAD0, HEAD1, LAST)
-    v0, v1 = load_pair(v_ptr, columns, stride_vn, left, HEAD_DIM, HEAD0, HEAD1, LAST)
-    c = tl.exp2(inner(q0, q1, k0, k1, HEAD1, PRECISION) * logit_scale - lse[:, None])
+    k = load_rows(k_ptr, columns, k_stride, left, HEAD_DIM, SPLIT, LAST)
+    v = load_rows(v_ptr, columns, v_stride, left, HEAD_DIM, SPLIT, LAST)
+    c = tl.exp2(inner(q, k, PRECISION) * logit_scale - lse[:, None])
     if LAST:
         c = tl.where(columns[None, :] < left, c, 0.0)
-    da = inner(do0, do1, v0, v1, HEAD1, PRECISION)
+    da = inner(do, v, PRECISION)
     if DROPOUT:
-        keep = keep_mask(philox_ptr, batch_head, rows, start, threshold, BLOCK_N)
-        da = tl.where(keep, da * inverse_keep, 0.0)
+        da = tl.where(keep_mask(draw, rows, start, BLOCK_N), da * inverse_keep, 0.0)
     ds = c * (da - dc[:, None])
     if EXACT:
         sum_tile += c
     else:
         sum_tile += ds
-    dq0, dq1 = accumulate(ds.to(k0.dtype), k0, k1, dq0, dq1, HEAD1, PRECISION)
-    return dq0, dq1, sum_tile
+    return accumulate(ds.to(k[0].dtype), k, dq, PRECISION), sum_tile
 
 
 @triton.jit
 def backward_q_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, content_ptr, lse_ptr, gate_ptr, philox_ptr, dq_ptr, row_lse_ptr, row_dc_ptr,
-    row_factor_ptr,
-    stride_dob, stride_doh, stride_don, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn, stride_cb, stride_ch, stride_cn, stride_dqb, stride_dqh, stride_dqn,
-    scale, logit_scale, dropout_p, batch_size, num_heads, num_tokens, num_rows,
-    HEAD_DIM: tl.constexpr, HEAD0: tl.constexpr, HEAD1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, SATURATION: tl.constexpr, EXACT: tl.constexpr, DROPOUT: tl.constexpr, RAGGED: tl.constexpr,
+    do, q, k, v, content, lse_ptr, gate_ptr, dropout, dq, row_lse_ptr, row_dc_ptr, row_factor_ptr,
+    scale, logit_scale, batch_size, num_heads, num_tokens, num_rows,
+    HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    SATURATION: tl.constexpr, EXACT: tl.constexpr, DROPOUT: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """dQ and the few numbers of each row that the kernel of dK and dV reads. Grid: (row blocks x images, heads).
 
@@ -110,57 +116,48 @@ def backward_q_kernel(
     float32: there operands go through registers, and for a second copy of the tile the compiler would hold those of q
     and dO in registers throughout.
     """
-    row_blocks = tl.cdiv(num_tokens, BLOCK_M)
-    batch = tl.program_id(0) // row_blocks
-    head = tl.program_id(1)
-    batch_head = batch * num_heads + head
-    rows = tl.program_id(0) % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    b64 = batch.to(tl.int64)
-    h64 = head.to(tl.int64)
-    bh64 = batch_head.to(tl.int64)
-    do_ptr += b64 * stride_dob + h64 * stride_doh
-    q_ptr += b64 * stride_qb + h64 * stride_qh
-    k_ptr += b64 * stride_kb + h64 * stride_kh
-    v_ptr += b64 * stride_vb + h64 * stride_vh
-    content_ptr += b64 * stride_cb + h64 * stride_ch
-    threshold = dropout_threshold(dropout_p)
-    inverse_keep = 1.0 / (1.0 - dropout_p)
-    content, _position = gate_shares(gate_ptr, head)
+    batch, head, first_row = program_block(num_tokens, BLOCK_M)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    do_ptr = matrix_ptr(do, batch, head)
+    q_ptr = matrix_ptr(q, batch, head)
+    k_ptr = matrix_ptr(k, batch, head)
+    v_ptr = matrix_ptr(v, batch, head)
+    content_ptr = matrix_ptr(content, batch, head)
+    draw = (dropout.philox, batch * num_heads + head, dropout_threshold(dropout.p))
+    inverse_keep = 1.0 / (1.0 - dropout.p)
+    content_share, _position_share = gate_shares(gate_ptr, head)
 
-    q0, q1 = load_pair(q_ptr, rows, stride_qn, num_tokens, HEAD_DIM, HEAD0, HEAD1, True)
-    do0, do1 = load_pair(do_ptr, rows, stride_don, num_tokens, HEAD_DIM, HEAD0, HEAD1, True)
-    cv0, cv1 = load_pair(content_ptr, rows, stride_cn, num_tokens, HEAD_DIM, HEAD0, HEAD1, True)
-    dc = tl.sum(do0.to(tl.float32) * cv0.to(tl.float32), 1)
-    if HEAD1 > 0:
-        dc += tl.sum(do1.to(tl.float32) * cv1.to(tl.float32), 1)
-    lse = tl.load(lse_ptr + bh64 * num_tokens + rows, mask=rows < num_tokens, other=float("inf")) * LOG2E_
+    q_tile = load_rows(q_ptr, rows, q.row, num_tokens, HEAD_DIM, SPLIT, True)
+    do_tile = load_rows(do_ptr, rows, do.row, num_tokens, HEAD_DIM, SPLIT, True)
+    cv = load_rows(content_ptr, rows, content.row, num_tokens, HEAD_DIM, SPLIT, True)
+    dc = row_products(do_tile, cv)
+    first = (batch * num_heads + head).to(tl.int64) * num_tokens
+    lse = tl.load(lse_ptr + first + rows, mask=rows < num_tokens, other=float("inf")) * LOG2E_
 
-    dq0, dq1 = zeros_pair(BLOCK_M, HEAD0, HEAD1)
+    dq_tile = zeros(BLOCK_M, SPLIT)
     # Sums over the tiles, entry by entry: what lies in different threads is added once, at the end.
     sum_tile = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if EXACT:
         whole = num_tokens
     else:
         whole = num_tokens // BLOCK_N * BLOCK_N
-    key_step = tl.cast(stride_kn, tl.int64) * BLOCK_N
-    value_step = tl.cast(stride_vn, tl.int64) * BLOCK_N
+    k_step = tl.cast(k.row, tl.int64) * BLOCK_N
+    v_step = tl.cast(v.row, tl.int64) * BLOCK_N
     # Where content is too small a share to matter, dQ is 0, and so is whatever the ragged tile adds: its lse is +inf.
-    for start in range(0, tl.where(content < SATURATION, 0, whole), BLOCK_N):
-        dq0, dq1, sum_tile = query_tile(
-            dq0, dq1, sum_tile, q0, q1, do0, do1, lse, dc,
-            k_ptr, v_ptr, stride_kn, stride_vn, philox_ptr, batch_head, threshold, inverse_keep, logit_scale,
-            rows, start, num_tokens, HEAD_DIM, HEAD0, HEAD1, BLOCK_N, PRECISION, EXACT, DROPOUT, RAGGED and EXACT,
+    for start in range(0, tl.where(content_share < SATURATION, 0, whole), BLOCK_N):
+        dq_tile, sum_tile = query_tile(
+            dq_tile, sum_tile, q_tile, do_tile, lse, dc, k_ptr, k.row, v_ptr, v.row, draw, inverse_keep, logit_scale,
+            rows, start, num_tokens, HEAD_DIM, SPLIT, BLOCK_N, PRECISION, EXACT, DROPOUT, RAGGED and EXACT,
         )  # fmt: skip
-        k_ptr += key_step
-        v_ptr += value_step
+        k_ptr += k_step
+        v_ptr += v_step
     if RAGGED and not EXACT:
-        dq0, dq1, sum_tile = query_tile(
-            dq0, dq1, sum_tile, q0, q1, do0, do1, lse, dc,
-            k_ptr, v_ptr, stride_kn, stride_vn, philox_ptr, batch_head, threshold, inverse_keep, logit_scale,
-            rows, whole, num_tokens, HEAD_DIM, HEAD0, HEAD1, BLOCK_N, PRECISION, EXACT, DROPOUT, True,
+        dq_tile, sum_tile = query_tile(
+            dq_tile, sum_tile, q_tile, do_tile, lse, dc, k_ptr, k.row, v_ptr, v.row, draw, inverse_keep, logit_scale,
+            rows, whole, num_tokens, HEAD_DIM, SPLIT, BLOCK_N, PRECISION, EXACT, DROPOUT, True,
         )  # fmt: skip
 
-    factor = content + tl.zeros([BLOCK_M], tl.float32)
+    factor = content_share + tl.zeros([BLOCK_M], tl.float32)
     row_sum = tl.sum(sum_tile, 1)
     if EXACT:
         # A float32 lse of large logits is off by more than rounding of a probability; rows that sum to 1 again make up
@@ -168,183 +165,138 @@ def backward_q_kernel(
         factor = factor / tl.where(row_sum > 0.0, row_sum, 1.0)
     else:
         dc += row_sum
-    row_scale = (scale * factor)[:, None]
-    dq0 *= row_scale
-    if HEAD1 > 0:
-        dq1 *= row_scale
-    dq_ptr += b64 * stride_dqb + h64 * stride_dqh
-    store_pair(dq_ptr, rows, stride_dqn, num_tokens, dq0, dq1, HEAD_DIM, HEAD0, HEAD1)
-    row = (h64 * batch_size + b64) * num_rows + rows
+    dq_tile = scaled(dq_tile, (scale * factor)[:, None])
+    store_rows(matrix_ptr(dq, batch, head), rows, dq.row, num_tokens, dq_tile, HEAD_DIM, SPLIT)
+    row = (head * batch_size + batch).to(tl.int64) * num_rows + rows
     if EXACT:
         tl.store(row_lse_ptr + row, lse)
         tl.store(row_factor_ptr + row, factor)
     else:
-        tl.store(row_lse_ptr + row, lse - tl.log2(content))
+        tl.store(row_lse_ptr + row, lse - tl.log2(content_share))
     tl.store(row_dc_ptr + row, dc)
 
 
 @triton.jit
 def key_queries(
-    k0, k1, v0, v1, q_ptr, do_ptr, stride_qn, stride_don, row_lse_ptr, row_dc_ptr, row_factor_ptr,
-    table_ptr, stride_table, row_table_ptr, col_table_ptr, philox_ptr, batch_head, threshold, inverse_keep, logit_scale,
-    position, first_column, num_tokens, height, width,
-    HEAD_DIM: tl.constexpr, HEAD0: tl.constexpr, HEAD1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, CONTENT: tl.constexpr, POSITION: tl.constexpr, DENSE: tl.constexpr,
-    EXACT: tl.constexpr, DROPOUT: tl.constexpr,
+    k, v, q_ptr, q_stride, do_ptr, do_stride, row_lse_ptr, row_dc_ptr, row_factor_ptr, position, head, draw,
+    inverse_keep, logit_scale, position_share, first_column, num_tokens,
+    HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    CONTENT: tl.constexpr, POSITION: tl.constexpr, DENSE: tl.constexpr, EXACT: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Walk over the queries for a block of keys. Tiles are (keys, queries), so that none has to change its layout
     between two products."""
     columns = first_column + tl.arange(0, BLOCK_N)
-    dk0, dk1 = zeros_pair(BLOCK_N, HEAD0, HEAD1)
-    dv0, dv1 = zeros_pair(BLOCK_N, HEAD0, HEAD1)
-    pv0, pv1 = zeros_pair(BLOCK_N, HEAD0, HEAD1)
-    col_y = columns // width
-    col_x = columns % width
+    dk = zeros(BLOCK_N, SPLIT)
+    dv = zeros(BLOCK_N, SPLIT)
+    pv = zeros(BLOCK_N, SPLIT)
+    keys = (columns // position.width, columns % position.width)
+    if DENSE:
+        table_ptr = position.table + head.to(tl.int64) * num_tokens * position.columns
+        factors = None
+    else:
+        table_ptr = None
+        factors = factors_ptrs(position, head)
     # Rows count from the tile's first, and the pointers move: so the offsets are the same in every tile, and computed
     # once.
     rows = tl.arange(0, BLOCK_M)
-    query_step = tl.cast(stride_qn, tl.int64) * BLOCK_M
-    d_out_step = tl.cast(stride_don, tl.int64) * BLOCK_M
+    q_step = tl.cast(q_stride, tl.int64) * BLOCK_M
+    do_step = tl.cast(do_stride, tl.int64) * BLOCK_M
     for start in range(0, num_tokens, BLOCK_M):
         left = num_tokens - start
-        do0, do1 = load_pair(do_ptr, rows, stride_don, left, HEAD_DIM, HEAD0, HEAD1, True)
+        do = load_rows(do_ptr, rows, do_stride, left, HEAD_DIM, SPLIT, True)
         if DROPOUT:
-            keep = tl.trans(keep_mask(philox_ptr, batch_head, start + rows, first_column, threshold, BLOCK_N))
+            keep = tl.trans(keep_mask(draw, start + rows, first_column, BLOCK_N))
         if POSITION:
             if DENSE:
-                mask = (rows[:, None] < left) & (columns[None, :] < stride_table)
-                p = tl.load(table_ptr + rows[:, None] * stride_table + columns[None, :], mask=mask, other=0.0)
+                mask = (rows[:, None] < left) & (columns[None, :] < position.columns)
+                p = tl.load(table_ptr + rows[:, None] * position.columns + columns[None, :], mask=mask, other=0.0)
             else:
                 token = start + tl.minimum(rows, left - 1)  # past the end P may be anything finite, because dO is 0
-                p = factored_position(
-                    row_table_ptr,
-                    col_table_ptr,
-                    token // width,
-                    token % width,
-                    col_y,
-                    col_x,
-                    columns,
-                    num_tokens,
-                    height,
-                    width,
-                    True,
-                ).to(do0.dtype)
+                queries = (token // position.width, token % position.width)
+                p = factored_position(factors, position, queries, keys, columns, num_tokens, True).to(do[0].dtype)
             p = tl.trans(p)
         if CONTENT:
-            q0, q1 = load_pair(q_ptr, rows, stride_qn, left, HEAD_DIM, HEAD0, HEAD1, True)
-            c = tl.exp2(inner(k0, k1, q0, q1, HEAD1, PRECISION) * logit_scale - tl.load(row_lse_ptr + rows)[None, :])
+            q = load_rows(q_ptr, rows, q_stride, left, HEAD_DIM, SPLIT, True)
+            c = tl.exp2(inner(k, q, PRECISION) * logit_scale - tl.load(row_lse_ptr + rows)[None, :])
             if EXACT:
                 c *= tl.load(row_factor_ptr + rows)[None, :]
             a = c
             if POSITION and EXACT:
-                a += position * p.to(tl.float32)
+                a += position_share * p.to(tl.float32)
             if DROPOUT:
                 a = tl.where(keep, a, 0.0)
-            dv0, dv1 = accumulate(a.to(do0.dtype), do0, do1, dv0, dv1, HEAD1, PRECISION)
+            dv = accumulate(a.to(do[0].dtype), do, dv, PRECISION)
         if POSITION and not (CONTENT and EXACT):
             if DROPOUT:
                 p = tl.where(keep, p, 0.0)
-            pv0, pv1 = accumulate(p, do0, do1, pv0, pv1, HEAD1, PRECISION)
+            pv = accumulate(p, do, pv, PRECISION)
         if CONTENT:
-            da = inner(v0, v1, do0, do1, HEAD1, PRECISION)
+            da = inner(v, do, PRECISION)
             if DROPOUT:
                 da = tl.where(keep, da * inverse_keep, 0.0)
             ds = c * (da - tl.load(row_dc_ptr + rows)[None, :])
-            dk0, dk1 = accumulate(ds.to(q0.dtype), q0, q1, dk0, dk1, HEAD1, PRECISION)
-        q_ptr += query_step
-        do_ptr += d_out_step
+            dk = accumulate(ds.to(q[0].dtype), q, dk, PRECISION)
+        q_ptr += q_step
+        do_ptr += do_step
         row_lse_ptr += BLOCK_M
         row_dc_ptr += BLOCK_M
         if EXACT:
             row_factor_ptr += BLOCK_M
         if DENSE:
-            table_ptr += BLOCK_M * stride_table
+            table_ptr += BLOCK_M * position.columns
     if POSITION and not (CONTENT and EXACT):
-        dv0 += position * pv0
-        if HEAD1 > 0:
-            dv1 += position * pv1
-    return dk0, dk1, dv0, dv1
+        dv = mixed(dv, 1.0, pv, position_share)
+    return dk, dv
 
 
 @triton.jit
 def backward_kv_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, row_lse_ptr, row_dc_ptr, row_factor_ptr, gate_ptr, table_ptr, row_table_ptr,
-    col_table_ptr,
-    philox_ptr, dk_ptr, dv_ptr,
-    stride_dob, stride_doh, stride_don, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
-    stride_table,
-    scale, logit_scale, dropout_p, batch_size, num_heads, num_tokens, num_rows, height, width,
-    HEAD_DIM: tl.constexpr, HEAD0: tl.constexpr, HEAD1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, SATURATION: tl.constexpr, DENSE: tl.constexpr, EXACT: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    do, q, k, v, row_lse_ptr, row_dc_ptr, row_factor_ptr, gate_ptr, position, dropout, dk, dv,
+    scale, logit_scale, batch_size, num_heads, num_tokens, num_rows,
+    HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    SATURATION: tl.constexpr, DENSE: tl.constexpr, EXACT: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """dK and dV. Grid: (key blocks x images, heads). The rows are those of `backward_q_kernel`, num_rows a multiple of
     BLOCK_M."""
-    key_blocks = tl.cdiv(num_tokens, BLOCK_N)
-    batch = tl.program_id(0) // key_blocks
-    head = tl.program_id(1)
-    batch_head = batch * num_heads + head
-    first_column = tl.program_id(0) % key_blocks * BLOCK_N
+    batch, head, first_column = program_block(num_tokens, BLOCK_N)
     columns = first_column + tl.arange(0, BLOCK_N)
-    b64 = batch.to(tl.int64)
-    h64 = head.to(tl.int64)
-    do_ptr += b64 * stride_dob + h64 * stride_doh
-    q_ptr += b64 * stride_qb + h64 * stride_qh
-    k_ptr += b64 * stride_kb + h64 * stride_kh
-    v_ptr += b64 * stride_vb + h64 * stride_vh
-    first_row = (h64 * batch_size + b64) * num_rows
+    q_ptr = matrix_ptr(q, batch, head)
+    do_ptr = matrix_ptr(do, batch, head)
+    first_row = (head * batch_size + batch).to(tl.int64) * num_rows
     row_lse_ptr += first_row
     row_dc_ptr += first_row
     if EXACT:
         row_factor_ptr += first_row
-    if DENSE:
-        table_ptr += h64 * num_tokens * stride_table
-    else:
-        row_table_ptr += h64 * height * height
-        col_table_ptr += h64 * width * width
-    threshold = dropout_threshold(dropout_p)
-    inverse_keep = 1.0 / (1.0 - dropout_p)
-    content, position = gate_shares(gate_ptr, head)
+    draw = (dropout.philox, batch * num_heads + head, dropout_threshold(dropout.p))
+    inverse_keep = 1.0 / (1.0 - dropout.p)
+    content_share, position_share = gate_shares(gate_ptr, head)
 
-    k0, k1 = load_pair(k_ptr, columns, stride_kn, num_tokens, HEAD_DIM, HEAD0, HEAD1, True)
-    v0, v1 = load_pair(v_ptr, columns, stride_vn, num_tokens, HEAD_DIM, HEAD0, HEAD1, True)
-    if position < SATURATION:
-        dk0, dk1, dv0, dv1 = key_queries(
-            k0, k1, v0, v1, q_ptr, do_ptr, stride_qn, stride_don, row_lse_ptr, row_dc_ptr, row_factor_ptr,
-            table_ptr, stride_table, row_table_ptr, col_table_ptr, philox_ptr, batch_head, threshold, inverse_keep,
-            logit_scale,
-            position, first_column, num_tokens, height, width,
-            HEAD_DIM, HEAD0, HEAD1, BLOCK_M, BLOCK_N, PRECISION, True, False, DENSE, EXACT, DROPOUT,
+    k_tile = load_rows(matrix_ptr(k, batch, head), columns, k.row, num_tokens, HEAD_DIM, SPLIT, True)
+    v_tile = load_rows(matrix_ptr(v, batch, head), columns, v.row, num_tokens, HEAD_DIM, SPLIT, True)
+    if position_share < SATURATION:
+        dk_tile, dv_tile = key_queries(
+            k_tile, v_tile, q_ptr, q.row, do_ptr, do.row, row_lse_ptr, row_dc_ptr, row_factor_ptr, position, head, draw,
+            inverse_keep, logit_scale, position_share, first_column, num_tokens,
+            HEAD_DIM, SPLIT, BLOCK_M, BLOCK_N, PRECISION, True, False, DENSE, EXACT, DROPOUT,
         )  # fmt: skip
-    elif content < SATURATION:
-        dk0, dk1, dv0, dv1 = key_queries(
-            k0, k1, v0, v1, q_ptr, do_ptr, stride_qn, stride_don, row_lse_ptr, row_dc_ptr, row_factor_ptr,
-            table_ptr, stride_table, row_table_ptr, col_table_ptr, philox_ptr, batch_head, threshold, inverse_keep,
-            logit_scale,
-            position, first_column, num_tokens, height, width,
-            HEAD_DIM, HEAD0, HEAD1, BLOCK_M, BLOCK_N, PRECISION, False, True, DENSE, EXACT, DROPOUT,
+    elif content_share < SATURATION:
+        dk_tile, dv_tile = key_queries(
+            k_tile, v_tile, q_ptr, q.row, do_ptr, do.row, row_lse_ptr, row_dc_ptr, row_factor_ptr, position, head, draw,
+            inverse_keep, logit_scale, position_share, first_column, num_tokens,
+            HEAD_DIM, SPLIT, BLOCK_M, BLOCK_N, PRECISION, False, True, DENSE, EXACT, DROPOUT,
         )  # fmt: skip
     else:
-        dk0, dk1, dv0, dv1 = key_queries(
-            k0, k1, v0, v1, q_ptr, do_ptr, stride_qn, stride_don, row_lse_ptr, row_dc_ptr, row_factor_ptr,
-            table_ptr, stride_table, row_table_ptr, col_table_ptr, philox_ptr, batch_head, threshold, inverse_keep,
-            logit_scale,
-            position, first_column, num_tokens, height, width,
-            HEAD_DIM, HEAD0, HEAD1, BLOCK_M, BLOCK_N, PRECISION, True, True, DENSE, EXACT, DROPOUT,
+        dk_tile, dv_tile = key_queries(
+            k_tile, v_tile, q_ptr, q.row, do_ptr, do.row, row_lse_ptr, row_dc_ptr, row_factor_ptr, position, head, draw,
+            inverse_keep, logit_scale, position_share, first_column, num_tokens,
+            HEAD_DIM, SPLIT, BLOCK_M, BLOCK_N, PRECISION, True, True, DENSE, EXACT, DROPOUT,
         )  # fmt: skip
 
-    dk0 *= scale
-    if HEAD1 > 0:
-        dk1 *= scale
+    dk_tile = scaled(dk_tile, scale)
     if DROPOUT:
-        dv0 *= inverse_keep
-        if HEAD1 > 0:
-            dv1 *= inverse_keep
-    dk_ptr += b64 * stride_dkb + h64 * stride_dkh
-    dv_ptr += b64 * stride_dvb + h64 * stride_dvh
-    store_pair(dk_ptr, columns, stride_dkn, num_tokens, dk0, dk1, HEAD_DIM, HEAD0, HEAD1)
-    store_pair(dv_ptr, columns, stride_dvn, num_tokens, dv0, dv1, HEAD_DIM, HEAD0, HEAD1)
+        dv_tile = scaled(dv_tile, inverse_keep)
+    store_rows(matrix_ptr(dk, batch, head), columns, dk.row, num_tokens, dk_tile, HEAD_DIM, SPLIT)
+    store_rows(matrix_ptr(dv, batch, head), columns, dv.row, num_tokens, dv_tile, HEAD_DIM, SPLIT)
 
 
 @triton.jit
@@ -356,37 +308,45 @@ def coordinates(token, width):
 
 
 @triton.jit
-def axis_moments(place, size, linear, quadratic, ROWS: tl.constexpr):
-    """One factor of P along one axis of the grid, ``exp2(linear * offset + quadratic * offset^2 - top) / total``, from
-    each ``place``.
+def axis_peak(place, size, linear, quadratic):
+    """Where P is largest along one axis of the grid, seen from each ``place``: its coordinate, and there the slope.
 
-    Returns top, 1 / total and the means of the offset and of its square.
+    Of the offset ``a`` from that coordinate the logit, less the largest, is ``a (slope + quadratic a)``: where P is not
+    small, so is a or its factor, and no large numbers cancel, as they would in offsets from the place.
     """
-    top = tl.full([ROWS], LOWEST, tl.float32)
+    low = -place
+    high = size - 1 - place
+    # a parabola's largest value on a segment: at its peak, or where it has none, at an end
+    end = tl.where(low * (linear + quadratic * low) > high * (linear + quadratic * high), low, high)
+    peak = tl.minimum(tl.maximum(tl.floor(0.5 - 0.5 * linear / quadratic), low), high)
+    largest = tl.where(quadratic < 0.0, peak, end)
+    return place + largest, linear + 2.0 * quadratic * largest
+
+
+@triton.jit
+def axis_moments(origin, slope, size, quadratic, ROWS: tl.constexpr):
+    """Of one factor of P, about the place that `axis_peak` found: 1 / sum of the numerators, and the means of the
+    offset and of its square.
+    """
     total = tl.zeros([ROWS], tl.float32)
     mean = tl.zeros([ROWS], tl.float32)
     square = tl.zeros([ROWS], tl.float32)
-    for first in range(0, size, 16):
-        target = first + tl.arange(0, 16)
-        offset = target.to(tl.float32)[None, :] - place[:, None]
-        logit = tl.where(target[None, :] < size, offset * (linear + quadratic * offset), float("-inf"))
-        new_top = tl.maximum(top, tl.max(logit, 1))
-        e = tl.exp2(logit - new_top[:, None])
-        correction = tl.exp2(top - new_top)
-        total = total * correction + tl.sum(e, 1)
-        mean = mean * correction + tl.sum(e * offset, 1)
-        square = square * correction + tl.sum(e * offset * offset, 1)
-        top = new_top
-    return top, 1.0 / total, mean / total, square / total
+    for first in range(0, size, AXIS_STEP):
+        for step in tl.static_range(AXIS_STEP):
+            a = first + step - origin
+            e = tl.where(first + step < size, tl.exp2(a * (slope + quadratic * a)), 0.0)
+            total += e
+            mean += e * a
+            square += e * a * a
+    return 1.0 / total, mean / total, square / total
 
 
 @triton.jit
 def backward_position_kernel(
-    do_ptr, v_ptr, row_dc_ptr, pos_weight_ptr, philox_ptr, partial_ptr,
-    stride_dob, stride_doh, stride_don, stride_vb, stride_vh, stride_vn,
-    dropout_p, batch_size, num_heads, num_tokens, num_rows, height, width, span, group,
-    HEAD_DIM: tl.constexpr, HEAD0: tl.constexpr, HEAD1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, DROPOUT: tl.constexpr,
+    do, v, row_dc_ptr, pos_weight_ptr, dropout, partial_ptr,
+    batch_size, num_heads, num_tokens, num_rows, height, width, span, group,
+    HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """What each row of a block of queries, with ``span`` keys and ``group`` images, adds to sum (dp - dc) and to d
     pos_weight / g.
@@ -407,24 +367,20 @@ def backward_position_kernel(
     # What lies past the end repeats the last token: no load needs a mask, P is 0 in such columns, and such rows are
     # dropped at the end.
     inside = tl.minimum(rows, num_tokens - 1)
-    b64 = first_image.to(tl.int64)
-    h64 = head.to(tl.int64)
-    do_ptr += b64 * stride_dob + h64 * stride_doh
-    v_ptr += b64 * stride_vb + h64 * stride_vh
-    row_dc_ptr += (h64 * batch_size + b64) * num_rows
-    threshold = dropout_threshold(dropout_p)
-    inverse_keep = 1.0 / (1.0 - dropout_p)
+    do_ptr = matrix_ptr(do, first_image, head)
+    v_ptr = matrix_ptr(v, first_image, head)
+    row_dc_ptr += (head * batch_size + first_image).to(tl.int64) * num_rows
+    threshold = dropout_threshold(dropout.p)
+    inverse_keep = 1.0 / (1.0 - dropout.p)
 
-    # Sums over the columns of P o dA times 1 and times dx, dy and dx^2 + dy^2 less their means under P (E): offsets
-    # from the query, since absolute coordinates would cancel badly.
+    # Sums over the columns of P o dA times 1, ax, ay and ax^2 + ay^2, where a is the offset from P's largest entry:
+    # with absolute coordinates they would cancel badly.
     row_y, row_x = coordinates(inside, width)
     wx = tl.load(pos_weight_ptr + head * 3) * LOG2E_
     wy = tl.load(pos_weight_ptr + head * 3 + 1) * LOG2E_
     wr = tl.load(pos_weight_ptr + head * 3 + 2) * LOG2E_
-    top_x, share_x, ex, exx = axis_moments(row_x, width, wx, wr, BLOCK_M)
-    top_y, share_y, ey, eyy = axis_moments(row_y, height, wy, wr, BLOCK_M)
-    er = exx + eyy
-    top = top_x + top_y - wr * er
+    origin_x, slope_x = axis_peak(row_x, width, wx, wr)
+    origin_y, slope_y = axis_peak(row_y, height, wy, wr)
     t0 = tl.zeros([BLOCK_M], tl.float32)
     tx = tl.zeros([BLOCK_M], tl.float32)
     ty = tl.zeros([BLOCK_M], tl.float32)
@@ -438,35 +394,39 @@ def backward_position_kernel(
         image_dc = row_dc_ptr
         dc = tl.zeros([BLOCK_M], tl.float32)
         for image in range(images):
-            do0, do1 = load_pair(image_do, inside, stride_don, num_tokens, HEAD_DIM, HEAD0, HEAD1, False)
-            v0, v1 = load_pair(image_v, inside_columns, stride_vn, num_tokens, HEAD_DIM, HEAD0, HEAD1, False)
+            do_tile = load_rows(image_do, inside, do.row, num_tokens, HEAD_DIM, SPLIT, False)
+            v_tile = load_rows(image_v, inside_columns, v.row, num_tokens, HEAD_DIM, SPLIT, False)
             if DROPOUT:
-                keep = keep_mask(philox_ptr, (first_image + image) * num_heads + head, rows, start, threshold, BLOCK_N)
-                da += tl.where(keep, inner(do0, do1, v0, v1, HEAD1, PRECISION) * inverse_keep, 0.0)
+                draw = (dropout.philox, (first_image + image) * num_heads + head, threshold)
+                keep = keep_mask(draw, rows, start, BLOCK_N)
+                da += tl.where(keep, inner(do_tile, v_tile, PRECISION) * inverse_keep, 0.0)
             else:
-                da = tl.dot(do0, tl.trans(v0), da, input_precision=PRECISION)
-                if HEAD1 > 0:
-                    da = tl.dot(do1, tl.trans(v1), da, input_precision=PRECISION)
+                da = add_inner(da, do_tile, v_tile, PRECISION)
             dc += tl.load(image_dc + inside)
-            image_do += stride_dob
-            image_v += stride_vb
+            image_do += do.batch
+            image_v += v.batch
             image_dc += num_rows
         column_y, column_x = coordinates(inside_columns, width)
-        dx = column_x[None, :] - row_x[:, None]
-        dy = column_y[None, :] - row_y[:, None]
-        dr = dx * dx + (dy * dy - er[:, None])
+        ax = column_x[None, :] - origin_x[:, None]
+        ay = column_y[None, :] - origin_y[:, None]
         # P is computed once for all the images, in float32, since the table is rounded; its normaliser is applied at
         # the end.
-        p = tl.exp2(wx * dx + (wy * dy + (wr * dr - top[:, None])))
+        p = tl.exp2(ax * (slope_x[:, None] + wr * ax) + ay * (slope_y[:, None] + wr * ay))
         t = tl.where(columns[None, :] < num_tokens, p, 0.0) * (da - dc[:, None])
         t0 += tl.sum(t, 1)
-        tx += tl.sum(t * (dx - ex[:, None]), 1)
-        ty += tl.sum(t * (dy - ey[:, None]), 1)
-        tr += tl.sum(t * dr, 1)
+        tx += tl.sum(t * ax, 1)
+        ty += tl.sum(t * ay, 1)
+        tr += tl.sum(t * (ax * ax + ay * ay), 1)
 
+    # less their means under P (E), and for the squares of the offsets from the query itself
+    share_x, ex, exx = axis_moments(origin_x, slope_x, width, wr, BLOCK_M)
+    share_y, ey, eyy = axis_moments(origin_y, slope_y, height, wr, BLOCK_M)
+    tx -= ex * t0
+    ty -= ey * t0
+    tr += 2.0 * ((origin_x - row_x) * tx + (origin_y - row_y) * ty) - (exx + eyy) * t0
     share = tl.where(rows < num_tokens, share_x * share_y, 0.0)
     size = tl.num_programs(0) * BLOCK_M
-    partial_ptrs = partial_ptr + h64 * 4 * size + program * BLOCK_M + tl.arange(0, BLOCK_M)
+    partial_ptrs = partial_ptr + head.to(tl.int64) * 4 * size + program * BLOCK_M + tl.arange(0, BLOCK_M)
     tl.store(partial_ptrs, t0 * share)
     tl.store(partial_ptrs + size, tx * share)
     tl.store(partial_ptrs + 2 * size, ty * share)
@@ -549,9 +509,15 @@ def backward(
         )
     else:
         config_q, config_kv, config_position = configs
-    head0, head1 = split_head_dim(head_dim)
-    precision = matmul_precision(q.dtype)
-    shape = {"HEAD_DIM": head_dim, "HEAD0": head0, "HEAD1": head1, "PRECISION": precision, "DROPOUT": dropout_p > 0.0}
+    constants = {
+        "HEAD_DIM": head_dim,
+        "SPLIT": split_head_dim(head_dim),
+        "PRECISION": matmul_precision(q.dtype),
+        "DROPOUT": dropout_p > 0.0,
+    }
+    position = Position(table, padded(tokens), row_table, col_table, height, width)
+    dropout = Dropout(philox, dropout_p)
+    rows_do, rows_q, rows_k, rows_v = (rows_of(tensor) for tensor in (d_out, q, k, v))
 
     dq, dk, dv = heads_last(q), heads_last(q), heads_last(q)
     # the query blocks of dK and dV must divide those of dQ, whose kernel fills the rows up to the end of its last block
@@ -562,19 +528,16 @@ def backward(
     row_factor = more[0] if exact else None
     launch(
         backward_q_kernel, (blocks(tokens, config_q.block_m) * batch, heads),
-        d_out, q, k, v, content, lse, gate, philox, dq, row_lse, row_dc, row_factor,
-        *d_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *content.stride()[:3], *dq.stride()[:3], scale, scale * LOG2E, dropout_p, batch, heads, tokens, num_rows,
-        **shape, BLOCK_M=config_q.block_m, BLOCK_N=config_q.block_n, SATURATION=saturation(q.dtype), EXACT=exact,
+        rows_do, rows_q, rows_k, rows_v, rows_of(content), lse, gate, dropout, rows_of(dq), row_lse, row_dc, row_factor,
+        scale, scale * LOG2E, batch, heads, tokens, num_rows,
+        **constants, BLOCK_M=config_q.block_m, BLOCK_N=config_q.block_n, SATURATION=saturation(q.dtype), EXACT=exact,
         RAGGED=tokens % config_q.block_n != 0, num_warps=config_q.num_warps, num_stages=config_q.num_stages,
     )  # fmt: skip
     launch(
         backward_kv_kernel, (blocks(tokens, config_kv.block_n) * batch, heads),
-        d_out, q, k, v, row_lse, row_dc, row_factor, gate, table, row_table, col_table, philox, dk, dv,
-        *d_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
-        padded(tokens),
-        scale, scale * LOG2E, dropout_p, batch, heads, tokens, num_rows, height, width,
-        **shape, BLOCK_M=block_kv, BLOCK_N=config_kv.block_n, SATURATION=saturation(q.dtype),
+        rows_do, rows_q, rows_k, rows_v, row_lse, row_dc, row_factor, gate, position, dropout, rows_of(dk), rows_of(dv),
+        scale, scale * LOG2E, batch, heads, tokens, num_rows,
+        **constants, BLOCK_M=block_kv, BLOCK_N=config_kv.block_n, SATURATION=saturation(q.dtype),
         DENSE=dense, EXACT=exact, num_warps=config_kv.num_warps, num_stages=config_kv.num_stages,
     )  # fmt: skip
 
@@ -592,9 +555,9 @@ def backward(
     d_pos_weight = torch.empty((heads, 3), dtype=torch.float32, device=q.device)
     launch(
         backward_position_kernel, (programs, heads),
-        d_out, v, row_dc, pos_weight, philox, partial,
-        *d_out.stride()[:3], *v.stride()[:3], dropout_p, batch, heads, tokens, num_rows, height, width, span, group,
-        **shape, BLOCK_M=config_position.block_m, BLOCK_N=config_position.block_n,
+        rows_do, rows_v, row_dc, pos_weight, dropout, partial,
+        batch, heads, tokens, num_rows, height, width, span, group,
+        **constants, BLOCK_M=config_position.block_m, BLOCK_N=config_position.block_n,
         num_warps=config_position.num_warps, num_stages=config_position.num_stages,
     )  # fmt: skip
     launch(backward_reduce_kernel, (4, heads), partial, gate, d_gate, d_pos_weight, size, BLOCK=1024, num_warps=4)

@@ -6,31 +6,28 @@ Conventions of every kernel here:
   logarithm.
 * Products accumulate in float32. Operands stay in the compute dtype, the dtype of q, k and v.
 * A head_dim is cut into at most two column blocks, each a power of two of at least 16 (48 = 32 + 16, 80 = 64 + 16),
-  because a tile's side must be a power of two and padding 48 to 64 would waste a quarter of the products. Every tensor
-  with a head_dim is therefore a pair ``x0, x1`` in the kernels; where ``HEAD1 == 0`` the second is an unused stand-in
-  that the compiler removes.
+  because a tile's side must be a power of two and padding 48 to 64 would waste a quarter of the products. What has a
+  head_dim is therefore a tuple of one or two blocks in the kernels.
 * Offsets along the batch, the heads and the rows are 64 bits wide.
 
 Arguments have the same names in all of them. B images, H heads, N = height * width tokens, D channels a head:
 
-    q_ptr, k_ptr, v_ptr, do_ptr          (B, H, N, D) in the compute dtype; do is the gradient of out
-    out_ptr, content_ptr                 (B, H, N, D), the result and the content's own part C V
-    dq_ptr, dk_ptr, dv_ptr               (B, H, N, D), the gradients
-    stride_qb, stride_qh, stride_qn      of q: elements from one image, head, token to the next; the last stride is 1.
-                                         So with k, v, o (out, content), do, c (content in the backward), dq, dk, dv
+    q, k, v, do                          `Rows`, (B, H, N, D) in the compute dtype; do is the gradient of out
+    out, content                         `Rows`, (B, H, N, D), the result and the content's own part C V; content_ptr:
+                                         laid out as out
+    dq, dk, dv                           `Rows`, (B, H, N, D), the gradients
     gate_ptr, pos_weight_ptr             (H,) before the sigmoid, and (H, 3); float32
-    table_ptr, stride_table              (H, N, padded(N)) P in the compute dtype, and padded(N); where DENSE
-    row_table_ptr, col_table_ptr         (H, height, height), (H, width, width) the factors in float32; where not DENSE
+    position                             `Position`: the dense table (H, N, padded(N)), P in the compute dtype, where
+                                         DENSE; else the factors (H, height, height), (H, width, width) in float32
     lse_ptr                              (B, H, N) float32, the content's log-sum-exp
     row_lse_ptr, row_dc_ptr,             (H, B, num_rows) float32, from `backward_q_kernel` for the kernels after it;
     row_factor_ptr                       num_rows is N rounded up to whole blocks of queries
-    philox_ptr                           (2,) int64, seed and offset of the dropout; where DROPOUT
+    dropout                              `Dropout`; read where DROPOUT
     partial_ptr                          (H, 4, programs x BLOCK_M) float32, sums that `backward_reduce_kernel` adds up
     scale, logit_scale                   of the content logits; times log2(e)
-    dropout_p                            probability that an entry of the mixed map is dropped
     batch_size, num_heads, num_tokens    B, H, N
 
-    HEAD_DIM, HEAD0, HEAD1               D and its two column blocks
+    HEAD_DIM, SPLIT                      D and the sizes of its column blocks, see `split_head_dim`
     BLOCK_M, BLOCK_N                     queries and keys of a tile
     PRECISION                            "tf32" or "ieee", for float32 products
     SATURATION                           share of the mix below which a branch is skipped, see `saturation`
@@ -42,17 +39,19 @@ Arguments have the same names in all of them. B images, H heads, N = height * wi
     NEED_GRAD, NEGATIVE_SCALE            whether content and lse are stored; whether scale < 0
 
 What device functions take and return, in float32: ``m`` and ``total`` (BLOCK_M,), the running maximum and sum of the
-softmax; ``c0, c1`` and ``p0, p1`` (BLOCK_M, D), the accumulators of content and position; ``content`` and ``position``,
-the shares 1 - g and g of a head.
+softmax; ``c`` and ``p`` (BLOCK_M, D), the accumulators of content and position; ``content_share`` and
+``position_share``, 1 - g and g of a head.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2E = 1.4426950408889634
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -65,12 +64,11 @@ MAX_HEAD_DIM = 256
 
 
 @functools.cache
-def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """Column blocks ``(HEAD0, HEAD1)`` of a head_dim: powers of two of at least 16, or ``HEAD1 = 0``, with the smallest
-    sum >= head_dim.
+def split_head_dim(head_dim: int) -> tuple[int, ...]:
+    """Sizes of a head_dim's column blocks: one power of two of at least 16, or two, with the smallest sum >= head_dim.
 
-    48 -> (32, 16), 64 -> (64, 0), 80 -> (64, 16), 96 -> (64, 32). Where the sum is larger than head_dim, the kernels
-    mask the rest.
+    48 -> (32, 16), 64 -> (64,), 80 -> (64, 16), 96 -> (64, 32). Where the sum is larger than head_dim, the kernels mask
+    the rest.
 
     Raises ValueError for a head_dim outside 1 ... 256.
     """
@@ -86,7 +84,7 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
             rest *= 2
         if rest < half:
             return half, rest
-    return power, 0
+    return (power,)
 
 
 @functools.cache
@@ -130,149 +128,241 @@ def tail(num_tokens: int, block: int) -> int:
     return max(16, 1 << (rest - 1).bit_length()) if rest else 0
 
 
-# --- tiles ------------------------------------------------------------------------------------------------------------
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """A tensor (B, H, N, D) whose last stride is 1, and its other strides: elements from one image, head, token to the
+    next.
+    """
+
+    ptr: Any
+    batch: Any
+    head: Any
+    row: Any
+
+
+class Position(NamedTuple):
+    """The dense table and the length of its rows, or both factors; and the grid. What is not there is None."""
+
+    table: Any
+    columns: Any
+    row_table: Any
+    col_table: Any
+    height: Any
+    width: Any
+
+
+class Dropout(NamedTuple):
+    """(2,) int64 on the device, seed and offset, and the probability that an entry of the mixed map is dropped."""
+
+    philox: Any
+    p: Any
+
+
+def rows_of(x: Tensor, *, constant: bool = False) -> Rows:
+    """A tensor as the kernels take it.
+
+    Args:
+        constant: whether the row's stride is compiled in: then the rows of a tile are fixed distances from one pointer.
+            For tensors whose row stride belongs to a model, not to an input.
+    """
+    batch, head, row, _ = x.stride()
+    return Rows(x, batch, head, tl.constexpr(row) if constant else row)
 
 
 @triton.jit
-def load_rows(
-    ptr,
-    rows,
-    stride,
-    num_rows,
-    FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    MASK_ROWS: tl.constexpr,
-):
-    """Tile ``(len(rows), WIDTH)`` from column FIRST on of a matrix with HEAD_DIM columns; what lies outside is zero.
+def program_block(num_rows, BLOCK: tl.constexpr):
+    """Image, head and first row of a program. Grid: (blocks of rows x images, heads)."""
+    blocks = tl.cdiv(num_rows, BLOCK)
+    return tl.program_id(0) // blocks, tl.program_id(1), tl.program_id(0) % blocks * BLOCK
+
+
+@triton.jit
+def matrix_offset(x, batch, head):
+    """Elements before the first row of an image's head."""
+    return batch.to(tl.int64) * x.batch + head.to(tl.int64) * x.head
+
+
+@triton.jit
+def matrix_ptr(x, batch, head):
+    """The first row of an image's head."""
+    return x.ptr + matrix_offset(x, batch, head)
+
+
+# --- tiles: tuples of column blocks -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def block_ptrs(ptr, rows, stride, SPLIT: tl.constexpr):
+    """Pointers of the given rows of a matrix, to be moved on from tile to tile: cheaper in a loop than `load_rows`."""
+    row_ptrs = ptr + rows.to(tl.int64)[:, None] * stride
+    first = row_ptrs + tl.arange(0, SPLIT[0])[None, :]
+    if len(SPLIT) > 1:
+        return first, row_ptrs + (SPLIT[0] + tl.arange(0, SPLIT[1]))[None, :]
+    else:
+        return (first,)
+
+
+@triton.jit
+def moved(ptrs, step):
+    """The pointers, ``step`` elements further on."""
+    first = ptrs[0] + step
+    if len(ptrs) > 1:
+        return first, ptrs[1] + step
+    else:
+        return (first,)
+
+
+@triton.jit
+def edge_mask(tile, rows, num_rows, FIRST: tl.constexpr, HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """What of a block from column FIRST on lies in a matrix of HEAD_DIM columns; None where all of it does.
 
     ``rows`` must lie inside the matrix unless MASK_ROWS.
     """
-    columns = FIRST + tl.arange(0, WIDTH)
-    ptrs = ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    return load_ptrs(ptrs, rows, num_rows, FIRST, WIDTH, HEAD_DIM, MASK_ROWS)
-
-
-@triton.jit
-def pair_ptrs(ptr, rows, stride, HEAD0: tl.constexpr, HEAD1: tl.constexpr):
-    """Pointers of both column blocks of the given rows, to be moved on from tile to tile: cheaper in a loop than
-    `load_pair`.
-    """
-    row_ptrs = ptr + rows.to(tl.int64)[:, None] * stride
-    x0 = row_ptrs + tl.arange(0, HEAD0)[None, :]
-    if HEAD1 > 0:
-        x1 = row_ptrs + (HEAD0 + tl.arange(0, HEAD1))[None, :]
-    else:
-        x1 = x0
-    return x0, x1
-
-
-@triton.jit
-def load_ptrs(
-    ptrs, rows, num_rows, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr
-):
-    """Tile at the given pointers, with the mask of `load_rows`."""
-    columns = FIRST + tl.arange(0, WIDTH)
-    if FIRST + WIDTH > HEAD_DIM:
+    columns = FIRST + tl.arange(0, tile.shape[1])
+    if FIRST + tile.shape[1] > HEAD_DIM:
         mask = columns[None, :] < HEAD_DIM
         if MASK_ROWS:
             mask = mask & (rows[:, None] < num_rows)
-        return tl.load(ptrs, mask=mask, other=0.0)
     elif MASK_ROWS:
-        return tl.load(ptrs, mask=rows[:, None] < num_rows, other=0.0)
+        mask = rows[:, None] < num_rows
+    else:
+        mask = None
+    return mask
+
+
+@triton.jit
+def load_block(ptrs, rows, num_rows, FIRST: tl.constexpr, HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """One block; what lies outside of the matrix is zero."""
+    if MASK_ROWS or FIRST + ptrs.shape[1] > HEAD_DIM:
+        return tl.load(ptrs, mask=edge_mask(ptrs, rows, num_rows, FIRST, HEAD_DIM, MASK_ROWS), other=0.0)
     else:
         return tl.load(ptrs)
 
 
 @triton.jit
-def load_pair_at(
-    ptrs0,
-    ptrs1,
-    rows,
-    num_rows,
-    HEAD_DIM: tl.constexpr,
-    HEAD0: tl.constexpr,
-    HEAD1: tl.constexpr,
-    MASK_ROWS: tl.constexpr,
-):
-    """Both column blocks at the pointers of `pair_ptrs`."""
-    x0 = load_ptrs(ptrs0, rows, num_rows, 0, HEAD0, HEAD_DIM, MASK_ROWS)
-    if HEAD1 > 0:
-        x1 = load_ptrs(ptrs1, rows, num_rows, HEAD0, HEAD1, HEAD_DIM, MASK_ROWS)
+def load_at(ptrs, rows, num_rows, HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """The tile at the pointers of `block_ptrs`; what lies outside of the matrix is zero.
+
+    ``rows`` must lie inside the matrix unless MASK_ROWS.
+    """
+    first = load_block(ptrs[0], rows, num_rows, 0, HEAD_DIM, MASK_ROWS)
+    if len(ptrs) > 1:
+        return first, load_block(ptrs[1], rows, num_rows, ptrs[0].shape[1], HEAD_DIM, MASK_ROWS)
     else:
-        x1 = x0
-    return x0, x1
+        return (first,)
 
 
 @triton.jit
-def load_pair(
-    ptr,
-    rows,
-    stride,
-    num_rows,
-    HEAD_DIM: tl.constexpr,
-    HEAD0: tl.constexpr,
-    HEAD1: tl.constexpr,
-    MASK_ROWS: tl.constexpr,
-):
-    """Both column blocks of the given rows."""
-    x0 = load_rows(ptr, rows, stride, num_rows, 0, HEAD0, HEAD_DIM, MASK_ROWS)
-    if HEAD1 > 0:
-        x1 = load_rows(ptr, rows, stride, num_rows, HEAD0, HEAD1, HEAD_DIM, MASK_ROWS)
-    else:
-        x1 = x0
-    return x0, x1
+def load_rows(ptr, rows, stride, num_rows, HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """The tile of the given rows of a matrix, as `load_at`."""
+    return load_at(block_ptrs(ptr, rows, stride, SPLIT), rows, num_rows, HEAD_DIM, MASK_ROWS)
 
 
 @triton.jit
-def store_rows(ptr, rows, stride, num_rows, x, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Store a tile at column FIRST of a matrix with HEAD_DIM columns, rounded to the matrix's dtype."""
-    columns = FIRST + tl.arange(0, WIDTH)
-    mask = rows[:, None] < num_rows
-    if FIRST + WIDTH > HEAD_DIM:
-        mask = mask & (columns[None, :] < HEAD_DIM)
-    ptrs = ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=mask)
+def store_rows(ptr, rows, stride, num_rows, x, HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr):
+    """Store a tile in the given rows of a matrix, rounded to its dtype."""
+    ptrs = block_ptrs(ptr, rows, stride, SPLIT)
+    dtype = ptr.dtype.element_ty
+    tl.store(ptrs[0], x[0].to(dtype), mask=edge_mask(ptrs[0], rows, num_rows, 0, HEAD_DIM, True))
+    if len(ptrs) > 1:
+        tl.store(ptrs[1], x[1].to(dtype), mask=edge_mask(ptrs[1], rows, num_rows, SPLIT[0], HEAD_DIM, True))
+
+
+# --- arithmetic of tiles ----------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def store_pair(ptr, rows, stride, num_rows, x0, x1, HEAD_DIM: tl.constexpr, HEAD0: tl.constexpr, HEAD1: tl.constexpr):
-    """Store both column blocks of the given rows."""
-    store_rows(ptr, rows, stride, num_rows, x0, 0, HEAD0, HEAD_DIM)
-    if HEAD1 > 0:
-        store_rows(ptr, rows, stride, num_rows, x1, HEAD0, HEAD1, HEAD_DIM)
-
-
-# --- products over or into the head_dim -------------------------------------------------------------------------------
-
-
-@triton.jit
-def inner(a0, a1, b0, b1, HEAD1: tl.constexpr, PRECISION: tl.constexpr):
+def inner(a, b, PRECISION: tl.constexpr):
     """``a b^T``, the product over the head_dim: (M, D), (N, D) -> (M, N) in float32."""
-    product = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
-    if HEAD1 > 0:
-        product = tl.dot(a1, tl.trans(b1), product, input_precision=PRECISION)
+    product = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
+    if len(a) > 1:
+        product = tl.dot(a[1], tl.trans(b[1]), product, input_precision=PRECISION)
     return product
 
 
 @triton.jit
-def accumulate(a, b0, b1, c0, c1, HEAD1: tl.constexpr, PRECISION: tl.constexpr):
-    """``c + a b``: (M, N), (N, D), (M, D) -> (M, D) in float32. ``a`` has the dtype of b."""
-    c0 = tl.dot(a, b0, c0, input_precision=PRECISION)
-    if HEAD1 > 0:
-        c1 = tl.dot(a, b1, c1, input_precision=PRECISION)
-    return c0, c1
+def add_inner(c, a, b, PRECISION: tl.constexpr):
+    """``c + a b^T``, see `inner`."""
+    c = tl.dot(a[0], tl.trans(b[0]), c, input_precision=PRECISION)
+    if len(a) > 1:
+        c = tl.dot(a[1], tl.trans(b[1]), c, input_precision=PRECISION)
+    return c
 
 
 @triton.jit
-def zeros_pair(ROWS: tl.constexpr, HEAD0: tl.constexpr, HEAD1: tl.constexpr):
-    """A float32 accumulator (ROWS, head_dim) of zeros."""
-    x0 = tl.zeros([ROWS, HEAD0], tl.float32)
-    if HEAD1 > 0:
-        x1 = tl.zeros([ROWS, HEAD1], tl.float32)
+def accumulate(a, b, c, PRECISION: tl.constexpr):
+    """``c + a b``: (M, N), (N, D), (M, D) -> (M, D) in float32. ``a`` has the dtype of b."""
+    first = tl.dot(a, b[0], c[0], input_precision=PRECISION)
+    if len(c) > 1:
+        return first, tl.dot(a, b[1], c[1], input_precision=PRECISION)
     else:
-        x1 = 0.0
-    return x0, x1
+        return (first,)
+
+
+@triton.jit
+def accumulate_both(a, b, x, c, d, PRECISION: tl.constexpr):
+    """``c + a x`` and ``d + b x``, each as `accumulate` makes it, block by block."""
+    c0 = tl.dot(a, x[0], c[0], input_precision=PRECISION)
+    d0 = tl.dot(b, x[0], d[0], input_precision=PRECISION)
+    if len(x) > 1:
+        c1 = tl.dot(a, x[1], c[1], input_precision=PRECISION)
+        d1 = tl.dot(b, x[1], d[1], input_precision=PRECISION)
+        return (c0, c1), (d0, d1)
+    else:
+        return (c0,), (d0,)
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, SPLIT: tl.constexpr):
+    """A float32 accumulator (ROWS, head_dim) of zeros."""
+    WIDTH0: tl.constexpr = SPLIT[0]
+    first = tl.zeros([ROWS, WIDTH0], tl.float32)
+    if len(SPLIT) > 1:
+        WIDTH1: tl.constexpr = SPLIT[1]
+        return first, tl.zeros([ROWS, WIDTH1], tl.float32)
+    else:
+        return (first,)
+
+
+@triton.jit
+def scaled(x, factor):
+    """A tile times a number, or times one for each row, (ROWS, 1)."""
+    first = x[0] * factor
+    if len(x) > 1:
+        return first, x[1] * factor
+    else:
+        return (first,)
+
+
+@triton.jit
+def negated(x):
+    """Minus a tile, in its dtype."""
+    first = (-x[0].to(tl.float32)).to(x[0].dtype)
+    if len(x) > 1:
+        return first, (-x[1].to(tl.float32)).to(x[1].dtype)
+    else:
+        return (first,)
+
+
+@triton.jit
+def mixed(x, x_factor, y, y_factor):
+    """The sum of two tiles, each times a factor as in `scaled`."""
+    first = x[0] * x_factor + y[0] * y_factor
+    if len(x) > 1:
+        return first, x[1] * x_factor + y[1] * y_factor
+    else:
+        return (first,)
+
+
+@triton.jit
+def row_products(a, b):
+    """``a . b`` row by row, (ROWS,) in float32."""
+    total = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
+    if len(a) > 1:
+        total += tl.sum(a[1].to(tl.float32) * b[1].to(tl.float32), 1)
+    return total
 
 
 # --- the mix ----------------------------------------------------------------------------------------------------------
@@ -300,24 +390,24 @@ def dense_ptrs(table_ptr, rows, columns, stride):
 
 
 @triton.jit
-def factored_position(
-    row_table_ptr,
-    col_table_ptr,
-    row_y,
-    row_x,
-    col_y,
-    col_x,
-    columns,
-    num_tokens,
-    height,
-    width,
-    MASK_COLUMNS: tl.constexpr,
-):
-    """Tile of the position map from one head's factors, ``Py[row_y, col_y] * Px[row_x, col_x]`` in float32; zero for
-    columns >= num_tokens.
+def factors_ptrs(position, head):
+    """Pointers of one head's factors."""
+    h64 = head.to(tl.int64)
+    return (
+        position.row_table + h64 * position.height * position.height,
+        position.col_table + h64 * position.width * position.width,
+    )
+
+
+@triton.jit
+def factored_position(factors, position, queries, keys, columns, num_tokens, MASK_COLUMNS: tl.constexpr):
+    """Tile of the position map from one head's factors, ``Py[query y, key y] * Px[query x, key x]`` in float32; zero
+    for columns >= num_tokens.
+
+    ``queries`` and ``keys`` are coordinates on the grid, (y, x).
     """
-    y_ptrs = row_table_ptr + (row_y.to(tl.int64) * height)[:, None] + col_y[None, :]
-    x_ptrs = col_table_ptr + (row_x.to(tl.int64) * width)[:, None] + col_x[None, :]
+    y_ptrs = factors[0] + (queries[0].to(tl.int64) * position.height)[:, None] + keys[0][None, :]
+    x_ptrs = factors[1] + (queries[1].to(tl.int64) * position.width)[:, None] + keys[1][None, :]
     if MASK_COLUMNS:
         mask = columns[None, :] < num_tokens
         return tl.load(y_ptrs, mask=mask, other=0.0) * tl.load(x_ptrs, mask=mask, other=0.0)
@@ -326,11 +416,11 @@ def factored_position(
 
 
 @triton.jit
-def next_tile(y, x, step, width):
-    """Grid coordinates of the tokens ``step`` further on, without a division for each token."""
-    x = x + step % width
+def next_tokens(tokens, step, width):
+    """Grid coordinates (y, x) of the tokens ``step`` further on, without a division for each token."""
+    x = tokens[1] + step % width
     wrap = x >= width
-    return y + step // width + wrap.to(tl.int32), tl.where(wrap, x - width, x)
+    return tokens[0] + step // width + wrap.to(tl.int32), tl.where(wrap, x - width, x)
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------------
@@ -343,14 +433,15 @@ def dropout_threshold(dropout_p):
 
 
 @triton.jit
-def keep_mask(philox_ptr, batch_head, rows, first_column, threshold, COLUMNS: tl.constexpr):
+def keep_mask(draw, rows, first_column, COLUMNS: tl.constexpr):
     """Which entries of the mixed map are kept: tile (len(rows), COLUMNS) from ``first_column`` on, a multiple of 4.
 
-    A pure function of seed, offset, image and head, row and column, the same for every tile shape: one Philox4x32-10
-    call with key ``seed`` and counter ``(column // 4, row, batch * H + head, offset)`` serves four neighbouring
-    columns, the first output the first. ``philox_ptr`` points at two int64, seed and offset (its low 32 bits count), on
-    the device: no synchronisation with the host.
+    ``draw`` is (philox pointer, batch * H + head, `dropout_threshold`). A pure function of seed, offset, image and
+    head, row and column, the same for every tile shape: one Philox4x32-10 call with key ``seed`` and counter
+    ``(column // 4, row, batch * H + head, offset)`` serves four neighbouring columns, the first output the first. Of
+    the offset the low 32 bits count.
     """
+    philox_ptr, batch_head, threshold = draw
     seed = tl.load(philox_ptr)
     offset = tl.load(philox_ptr + 1).to(tl.int32)
     column = (first_column // 4 + tl.arange(0, COLUMNS // 4))[None, :]

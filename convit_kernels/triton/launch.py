@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
+from triton.language import constexpr
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -71,7 +72,7 @@ def _alone(kernel: Any) -> bool:
 
 
 def described(arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """What of the arguments is in the key; None where one is neither tensor, number nor None, nor a tuple of those."""
+    """What of the arguments is in the key; None where one is neither tensor, number, None nor constant, nor a tuple."""
     found: list[Any] = []
     for value in arguments:
         kind = type(value)
@@ -81,8 +82,10 @@ def described(arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
             found += value.dtype, value.data_ptr() % 16 == 0
         elif kind is float or kind is bool:  # which equal an int
             found += kind, value
-        elif kind is tuple and (inner := described(value)) is not None:
-            found.append(inner)
+        elif kind is constexpr:
+            found += kind, value.value
+        elif isinstance(value, tuple) and (inner := described(value)) is not None:
+            found += kind, inner
         else:
             return None
     return tuple(found)
@@ -94,7 +97,7 @@ def launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **constants: Any
     Args:
         kernel: a function of `triton.jit`.
         grid: the programs along both axes.
-        arguments: the kernel's first parameters: tensors, numbers, None, and tuples of those.
+        arguments: the kernel's first parameters: tensors, numbers, None, `tl.constexpr`, and tuples of those.
         constants: the others, all `tl.constexpr`, and the compiler's options, num_warps for example.
     """
     described_arguments = described(arguments) if _alone(kernel) else None

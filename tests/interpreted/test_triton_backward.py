@@ -33,7 +33,7 @@ NAMES = ("dq", "dk", "dv", "d_gate", "d_pos_weight")
 @triton.jit
 def mask_kernel(philox_ptr, keep_ptr, dropout_p, num_tokens, BLOCK: tl.constexpr):
     rows = tl.arange(0, BLOCK)
-    keep = keep_mask(philox_ptr, tl.program_id(0), rows, 0, dropout_threshold(dropout_p), BLOCK)
+    keep = keep_mask((philox_ptr, tl.program_id(0), dropout_threshold(dropout_p)), rows, 0, BLOCK)
     ptrs = keep_ptr + (tl.program_id(0) * num_tokens + rows[:, None]) * num_tokens + rows[None, :]
     tl.store(ptrs, keep.to(tl.float32), mask=(rows[:, None] < num_tokens) & (rows[None, :] < num_tokens))
 
@@ -58,6 +58,7 @@ class Problem:
         batch: int = 3,
         heads: int = 1,
         gates: list[float] | None = None,
+        looking: tuple[float, float, float] | None = None,
         logits: float = 1.0,
         common: float = 0.0,
         scale: float | None = None,
@@ -81,6 +82,9 @@ class Problem:
         self.gate = (randn(heads) if gates is None else torch.tensor(gates)).to(dtype).float()
         pos_weight = 0.4 * randn(len(self.gate), 3)
         pos_weight[:, 2] = -0.2 - pos_weight[:, 2].abs()
+        if looking is not None:  # at the offset (x, y), so sharply
+            x, y, strength = looking
+            pos_weight[:] = strength * torch.tensor([2 * x, 2 * y, -1.0])
         self.pos_weight = pos_weight.to(dtype).float()
         w = self.pos_weight.double()
         row_factor, col_factor = factor(w[:, [1, 2]], grid[0]), factor(w[:, [0, 2]], grid[1])
@@ -149,6 +153,12 @@ def large_logits(dtype: torch.dtype) -> Problem:
     problem = Problem((3, 5), 48, dtype, logits=40.0, scale=0.5)
     problem.q, problem.k = problem.q.round(), (40 * problem.k).round()
     return problem
+
+
+def far(dtype: torch.dtype) -> Problem:
+    """A head that looks at tokens far from the query, and sharply: of logits from the query's own place all would be
+    lost to rounding."""
+    return Problem((3, 9), 48, dtype, looking=(-6.0, 1.0, 2.0))
 
 
 @pytest.fixture(autouse=True)
@@ -301,6 +311,11 @@ def test_coordinates_are_exact() -> None:
         assert torch.equal(y, torch.arange(65536).div(width, rounding_mode="floor").float()), width
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_head_that_looks_far_away(dtype: torch.dtype) -> None:
+    far(dtype).check(dense=True)
+
+
 def test_arguments_that_do_not_fit() -> None:
     problem = Problem((3, 5), 16, torch.float32)
     good = (problem.d_out, problem.q, problem.k, problem.v, *problem.saved(), problem.pos_weight, problem.gate)
@@ -338,5 +353,5 @@ def test_mutants_are_noticed(number: int, tmp_path: Path) -> None:
             problem = Problem((3, 5), 48, dtype, batch=2, dropout_p=dropout_p)
             problem.check(dense=True, blocks=(16, 16), backward=mutant.backward)
         check_common_part(torch.bfloat16, mutant.backward)
-        problem = large_logits(torch.float32)
-        problem.check(dense=True, backward=mutant.backward)
+        for problem in (large_logits(torch.float32), far(torch.float32)):
+            problem.check(dense=True, backward=mutant.backward)

@@ -10,8 +10,9 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 
 
 @DTYPES
-def test_a_line(dtype):
-    check("triton", (5,), dtype, head_dim=16)
+@pytest.mark.parametrize("tokens", [5, 17])
+def test_a_line(tokens, dtype):
+    check("triton", (tokens,), dtype, head_dim=16)
 
 
 def test_another_spacing():

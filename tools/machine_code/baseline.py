@@ -17,15 +17,21 @@ from convit_kernels.triton.common import (
     LOG2E,
     LOWEST,
     accumulate,
+    block_ptrs,
     inner,
-    load_pair,
-    load_pair_at,
+    load_at,
+    load_rows,
     matmul_precision,
-    pair_ptrs,
+    matrix_ptr,
+    moved,
+    program_block,
+    row_products,
+    rows_of,
+    scaled,
     split_head_dim,
-    store_pair,
+    store_rows,
     tail,
-    zeros_pair,
+    zeros,
 )
 from convit_kernels.triton.configs import Config
 
@@ -34,15 +40,14 @@ LOG2E_: tl.constexpr = tl.constexpr(LOG2E)
 
 @triton.jit
 def content_forward_tile(
-    q0, q1, m, total, c0, c1, k0_ptrs, k1_ptrs, v0_ptrs, v1_ptrs, logit_scale, left,
-    HEAD_DIM: tl.constexpr, HEAD0: tl.constexpr, HEAD1: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-    RAGGED: tl.constexpr,
+    q, m, total, c, k_ptrs, v_ptrs, logit_scale, left,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys. RAGGED: it reaches past the last token, and no tile was before it."""
     columns = tl.arange(0, BLOCK_N)
-    k0, k1 = load_pair_at(k0_ptrs, k1_ptrs, columns, left, HEAD_DIM, HEAD0, HEAD1, RAGGED)
-    v0, v1 = load_pair_at(v0_ptrs, v1_ptrs, columns, left, HEAD_DIM, HEAD0, HEAD1, RAGGED)
-    s = inner(q0, q1, k0, k1, HEAD1, PRECISION)
+    k = load_at(k_ptrs, columns, left, HEAD_DIM, RAGGED)
+    v = load_at(v_ptrs, columns, left, HEAD_DIM, RAGGED)
+    s = inner(q, k, PRECISION)
     if RAGGED:
         s = tl.where(columns[None, :] < left, s * logit_scale, float("-inf"))
         m = tl.maximum(tl.max(s, 1), LOWEST)
@@ -54,66 +59,44 @@ def content_forward_tile(
         correction = tl.exp2(m - new_m)
         total = total * correction + tl.sum(e, 1)
         m = new_m
-        c0 = c0 * correction[:, None]
-        if HEAD1 > 0:
-            c1 = c1 * correction[:, None]
-    c0, c1 = accumulate(e.to(v0.dtype), v0, v1, c0, c1, HEAD1, PRECISION)
-    return m, total, c0, c1
+        c = scaled(c, correction[:, None])
+    return m, total, accumulate(e.to(v[0].dtype), v, c, PRECISION)
 
 
 @triton.jit
 def content_forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn: tl.constexpr,
-    stride_vb, stride_vh, stride_vn: tl.constexpr,
-    stride_ob, stride_oh, stride_on, logit_scale, num_heads, num_tokens,
-    HEAD_DIM: tl.constexpr, HEAD0: tl.constexpr, HEAD1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, TAIL: tl.constexpr, STORE_LSE: tl.constexpr,
+    q, k, v, out, lse_ptr, logit_scale, num_heads, num_tokens,
+    HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    TAIL: tl.constexpr, STORE_LSE: tl.constexpr,
 ):  # fmt: skip
     """softmax(scale q k^T) v; grid and arguments as in `convit_kernels.triton.forward`."""
-    row_blocks = tl.cdiv(num_tokens, BLOCK_M)
-    batch = tl.program_id(0) // row_blocks
-    head = tl.program_id(1)
-    rows = tl.program_id(0) % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    b64 = batch.to(tl.int64)
-    h64 = head.to(tl.int64)
-    q_ptr += b64 * stride_qb + h64 * stride_qh
-    k_ptr += b64 * stride_kb + h64 * stride_kh
-    v_ptr += b64 * stride_vb + h64 * stride_vh
-    out_ptr += b64 * stride_ob + h64 * stride_oh
-    q0, q1 = load_pair(q_ptr, rows, stride_qn, num_tokens, HEAD_DIM, HEAD0, HEAD1, True)
+    batch, head, first_row = program_block(num_tokens, BLOCK_M)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    k_ptr = matrix_ptr(k, batch, head)
+    v_ptr = matrix_ptr(v, batch, head)
+    q_tile = load_rows(matrix_ptr(q, batch, head), rows, q.row, num_tokens, HEAD_DIM, SPLIT, True)
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    c0, c1 = zeros_pair(BLOCK_M, HEAD0, HEAD1)
+    c = zeros(BLOCK_M, SPLIT)
     whole = num_tokens // BLOCK_N * BLOCK_N
     if TAIL > 0:
         columns = whole + tl.arange(0, TAIL)
-        k0_ptrs, k1_ptrs = pair_ptrs(k_ptr, columns, stride_kn, HEAD0, HEAD1)
-        v0_ptrs, v1_ptrs = pair_ptrs(v_ptr, columns, stride_vn, HEAD0, HEAD1)
-        m, total, c0, c1 = content_forward_tile(
-            q0, q1, m, total, c0, c1, k0_ptrs, k1_ptrs, v0_ptrs, v1_ptrs, logit_scale, num_tokens - whole,
-            HEAD_DIM, HEAD0, HEAD1, TAIL, PRECISION, True,
+        m, total, c = content_forward_tile(
+            q_tile, m, total, c, block_ptrs(k_ptr, columns, k.row, SPLIT), block_ptrs(v_ptr, columns, v.row, SPLIT),
+            logit_scale, num_tokens - whole, HEAD_DIM, TAIL, PRECISION, True,
         )  # fmt: skip
-    k0_ptrs, k1_ptrs = pair_ptrs(k_ptr, tl.arange(0, BLOCK_N), stride_kn, HEAD0, HEAD1)
-    v0_ptrs, v1_ptrs = pair_ptrs(v_ptr, tl.arange(0, BLOCK_N), stride_vn, HEAD0, HEAD1)
-    k_step = tl.cast(stride_kn, tl.int64) * BLOCK_N
-    v_step = tl.cast(stride_vn, tl.int64) * BLOCK_N
+    k_ptrs = block_ptrs(k_ptr, tl.arange(0, BLOCK_N), k.row, SPLIT)
+    v_ptrs = block_ptrs(v_ptr, tl.arange(0, BLOCK_N), v.row, SPLIT)
+    k_step = tl.cast(k.row, tl.int64) * BLOCK_N
+    v_step = tl.cast(v.row, tl.int64) * BLOCK_N
     for _ in range(0, whole, BLOCK_N):
-        m, total, c0, c1 = content_forward_tile(
-            q0, q1, m, total, c0, c1, k0_ptrs, k1_ptrs, v0_ptrs, v1_ptrs, logit_scale, num_tokens,
-            HEAD_DIM, HEAD0, HEAD1, BLOCK_N, PRECISION, False,
-        )  # fmt: skip
-        k0_ptrs += k_step
-        k1_ptrs += k_step
-        v0_ptrs += v_step
-        v1_ptrs += v_step
-    share = (1.0 / total)[:, None]
-    o0 = c0 * share
-    if HEAD1 > 0:
-        o1 = c1 * share
-    else:
-        o1 = o0
-    store_pair(out_ptr, rows, stride_on, num_tokens, o0, o1, HEAD_DIM, HEAD0, HEAD1)
+        m, total, c = content_forward_tile(
+            q_tile, m, total, c, k_ptrs, v_ptrs, logit_scale, num_tokens, HEAD_DIM, BLOCK_N, PRECISION, False
+        )
+        k_ptrs = moved(k_ptrs, k_step)
+        v_ptrs = moved(v_ptrs, v_step)
+    c = scaled(c, (1.0 / total)[:, None])
+    store_rows(matrix_ptr(out, batch, head), rows, out.row, num_tokens, c, HEAD_DIM, SPLIT)
     if STORE_LSE:
         lse_ptrs = lse_ptr + (batch * num_heads + head).to(tl.int64) * num_tokens + rows
         tl.store(lse_ptrs, (m + tl.log2(total)) * LN2, mask=rows < num_tokens)
@@ -134,13 +117,12 @@ def content_forward(
         logarithm of the sums of exponentials, or None.
     """
     batch, heads, tokens, head_dim = q.shape
-    head0, head1 = split_head_dim(head_dim)
     out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device) if need_lse else None
     content_forward_kernel[triton.cdiv(tokens, config.block_m) * batch, heads](
-        q, k, v, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        rows_of(q), rows_of(k, constant=True), rows_of(v, constant=True), rows_of(out), lse,
         scale * LOG2E, heads, tokens,
-        HEAD_DIM=head_dim, HEAD0=head0, HEAD1=head1, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        HEAD_DIM=head_dim, SPLIT=split_head_dim(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         PRECISION=matmul_precision(q.dtype), TAIL=tail(tokens, config.block_n), STORE_LSE=need_lse,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -149,146 +131,108 @@ def content_forward(
 
 @triton.jit
 def content_backward_rows_kernel(
-    do_ptr, out_ptr, lse_ptr, row_lse_ptr, row_delta_ptr,
-    stride_dob, stride_doh, stride_don, stride_ob, stride_oh, stride_on, num_heads, num_tokens, num_rows,
-    HEAD_DIM: tl.constexpr, HEAD0: tl.constexpr, HEAD1: tl.constexpr, BLOCK_M: tl.constexpr,
+    do, out, lse_ptr, row_lse_ptr, row_delta_ptr, num_heads, num_tokens, num_rows,
+    HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """delta = dO . O, and lse to base 2, +inf past the last token. Grid: (row blocks x images, heads)."""
-    row_blocks = tl.cdiv(num_tokens, BLOCK_M)
-    batch = tl.program_id(0) // row_blocks
-    head = tl.program_id(1)
-    rows = tl.program_id(0) % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    b64 = batch.to(tl.int64)
-    h64 = head.to(tl.int64)
-    bh64 = b64 * num_heads + h64
-    do_ptr += b64 * stride_dob + h64 * stride_doh
-    out_ptr += b64 * stride_ob + h64 * stride_oh
-    do0, do1 = load_pair(do_ptr, rows, stride_don, num_tokens, HEAD_DIM, HEAD0, HEAD1, True)
-    o0, o1 = load_pair(out_ptr, rows, stride_on, num_tokens, HEAD_DIM, HEAD0, HEAD1, True)
-    delta = tl.sum(do0.to(tl.float32) * o0.to(tl.float32), 1)
-    if HEAD1 > 0:
-        delta += tl.sum(do1.to(tl.float32) * o1.to(tl.float32), 1)
-    lse = tl.load(lse_ptr + bh64 * num_tokens + rows, mask=rows < num_tokens, other=float("inf")) * LOG2E_
-    tl.store(row_lse_ptr + bh64 * num_rows + rows, lse)
-    tl.store(row_delta_ptr + bh64 * num_rows + rows, delta)
+    batch, head, first_row = program_block(num_tokens, BLOCK_M)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    do_tile = load_rows(matrix_ptr(do, batch, head), rows, do.row, num_tokens, HEAD_DIM, SPLIT, True)
+    out_tile = load_rows(matrix_ptr(out, batch, head), rows, out.row, num_tokens, HEAD_DIM, SPLIT, True)
+    matrix = (batch * num_heads + head).to(tl.int64)
+    lse = tl.load(lse_ptr + matrix * num_tokens + rows, mask=rows < num_tokens, other=float("inf")) * LOG2E_
+    tl.store(row_lse_ptr + matrix * num_rows + rows, lse)
+    tl.store(row_delta_ptr + matrix * num_rows + rows, row_products(do_tile, out_tile))
 
 
 @triton.jit
 def content_query_tile(
-    dq0, dq1, q0, q1, do0, do1, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, logit_scale, start, num_tokens,
-    HEAD_DIM: tl.constexpr, HEAD0: tl.constexpr, HEAD1: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-    LAST: tl.constexpr,
+    dq, q, do, lse, delta, k_ptr, k_stride, v_ptr, v_stride, logit_scale, left,
+    HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys for a block of queries. k_ptr and v_ptr point at the tile. LAST: it reaches past the last
     token."""
     columns = tl.arange(0, BLOCK_N)
-    left = num_tokens - start
-    k0, k1 = load_pair(k_ptr, columns, stride_kn, left, HEAD_DIM, HEAD0, HEAD1, LAST)
-    v0, v1 = load_pair(v_ptr, columns, stride_vn, left, HEAD_DIM, HEAD0, HEAD1, LAST)
-    c = tl.exp2(inner(q0, q1, k0, k1, HEAD1, PRECISION) * logit_scale - lse[:, None])
+    k = load_rows(k_ptr, columns, k_stride, left, HEAD_DIM, SPLIT, LAST)
+    v = load_rows(v_ptr, columns, v_stride, left, HEAD_DIM, SPLIT, LAST)
+    c = tl.exp2(inner(q, k, PRECISION) * logit_scale - lse[:, None])
     if LAST:
         c = tl.where(columns[None, :] < left, c, 0.0)
-    ds = c * (inner(do0, do1, v0, v1, HEAD1, PRECISION) - delta[:, None])
-    return accumulate(ds.to(k0.dtype), k0, k1, dq0, dq1, HEAD1, PRECISION)
+    ds = c * (inner(do, v, PRECISION) - delta[:, None])
+    return accumulate(ds.to(k[0].dtype), k, dq, PRECISION)
 
 
 @triton.jit
 def content_backward_q_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, row_lse_ptr, row_delta_ptr, dq_ptr,
-    stride_dob, stride_doh, stride_don, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn, stride_dqb, stride_dqh, stride_dqn, scale, logit_scale, num_heads, num_tokens,
-    num_rows,
-    HEAD_DIM: tl.constexpr, HEAD0: tl.constexpr, HEAD1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, RAGGED: tl.constexpr,
+    do, q, k, v, row_lse_ptr, row_delta_ptr, dq, scale, logit_scale, num_heads, num_tokens, num_rows,
+    HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):  # fmt: skip
     """dQ. Grid: (row blocks x images, heads)."""
-    row_blocks = tl.cdiv(num_tokens, BLOCK_M)
-    batch = tl.program_id(0) // row_blocks
-    head = tl.program_id(1)
-    rows = tl.program_id(0) % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    b64 = batch.to(tl.int64)
-    h64 = head.to(tl.int64)
-    bh64 = b64 * num_heads + h64
-    do_ptr += b64 * stride_dob + h64 * stride_doh
-    q_ptr += b64 * stride_qb + h64 * stride_qh
-    k_ptr += b64 * stride_kb + h64 * stride_kh
-    v_ptr += b64 * stride_vb + h64 * stride_vh
-    q0, q1 = load_pair(q_ptr, rows, stride_qn, num_tokens, HEAD_DIM, HEAD0, HEAD1, True)
-    do0, do1 = load_pair(do_ptr, rows, stride_don, num_tokens, HEAD_DIM, HEAD0, HEAD1, True)
-    lse = tl.load(row_lse_ptr + bh64 * num_rows + rows)
-    delta = tl.load(row_delta_ptr + bh64 * num_rows + rows)
-    dq0, dq1 = zeros_pair(BLOCK_M, HEAD0, HEAD1)
-    key_step = tl.cast(stride_kn, tl.int64) * BLOCK_N
-    value_step = tl.cast(stride_vn, tl.int64) * BLOCK_N
+    batch, head, first_row = program_block(num_tokens, BLOCK_M)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    k_ptr = matrix_ptr(k, batch, head)
+    v_ptr = matrix_ptr(v, batch, head)
+    q_tile = load_rows(matrix_ptr(q, batch, head), rows, q.row, num_tokens, HEAD_DIM, SPLIT, True)
+    do_tile = load_rows(matrix_ptr(do, batch, head), rows, do.row, num_tokens, HEAD_DIM, SPLIT, True)
+    row = (batch * num_heads + head).to(tl.int64) * num_rows + rows
+    lse = tl.load(row_lse_ptr + row)
+    delta = tl.load(row_delta_ptr + row)
+    dq_tile = zeros(BLOCK_M, SPLIT)
+    k_step = tl.cast(k.row, tl.int64) * BLOCK_N
+    v_step = tl.cast(v.row, tl.int64) * BLOCK_N
     whole = num_tokens // BLOCK_N * BLOCK_N
     for start in range(0, whole, BLOCK_N):
-        dq0, dq1 = content_query_tile(
-            dq0, dq1, q0, q1, do0, do1, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, logit_scale, start, num_tokens,
-            HEAD_DIM, HEAD0, HEAD1, BLOCK_N, PRECISION, False,
+        dq_tile = content_query_tile(
+            dq_tile, q_tile, do_tile, lse, delta, k_ptr, k.row, v_ptr, v.row, logit_scale, num_tokens - start,
+            HEAD_DIM, SPLIT, BLOCK_N, PRECISION, False,
         )  # fmt: skip
-        k_ptr += key_step
-        v_ptr += value_step
+        k_ptr += k_step
+        v_ptr += v_step
     if RAGGED:
-        dq0, dq1 = content_query_tile(
-            dq0, dq1, q0, q1, do0, do1, lse, delta, k_ptr, v_ptr, stride_kn, stride_vn, logit_scale, whole, num_tokens,
-            HEAD_DIM, HEAD0, HEAD1, BLOCK_N, PRECISION, True,
+        dq_tile = content_query_tile(
+            dq_tile, q_tile, do_tile, lse, delta, k_ptr, k.row, v_ptr, v.row, logit_scale, num_tokens - whole,
+            HEAD_DIM, SPLIT, BLOCK_N, PRECISION, True,
         )  # fmt: skip
-    dq0 *= scale
-    if HEAD1 > 0:
-        dq1 *= scale
-    dq_ptr += b64 * stride_dqb + h64 * stride_dqh
-    store_pair(dq_ptr, rows, stride_dqn, num_tokens, dq0, dq1, HEAD_DIM, HEAD0, HEAD1)
+    dq_tile = scaled(dq_tile, scale)
+    store_rows(matrix_ptr(dq, batch, head), rows, dq.row, num_tokens, dq_tile, HEAD_DIM, SPLIT)
 
 
 @triton.jit
 def content_backward_kv_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, row_lse_ptr, row_delta_ptr, dk_ptr, dv_ptr,
-    stride_dob, stride_doh, stride_don, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
-    scale, logit_scale, num_heads, num_tokens, num_rows,
-    HEAD_DIM: tl.constexpr, HEAD0: tl.constexpr, HEAD1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    do, q, k, v, row_lse_ptr, row_delta_ptr, dk, dv, scale, logit_scale, num_heads, num_tokens, num_rows,
+    HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV. Grid: (key blocks x images, heads)."""
-    key_blocks = tl.cdiv(num_tokens, BLOCK_N)
-    batch = tl.program_id(0) // key_blocks
-    head = tl.program_id(1)
-    columns = tl.program_id(0) % key_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    b64 = batch.to(tl.int64)
-    h64 = head.to(tl.int64)
-    bh64 = b64 * num_heads + h64
-    do_ptr += b64 * stride_dob + h64 * stride_doh
-    q_ptr += b64 * stride_qb + h64 * stride_qh
-    k_ptr += b64 * stride_kb + h64 * stride_kh
-    v_ptr += b64 * stride_vb + h64 * stride_vh
-    row_lse_ptr += bh64 * num_rows
-    row_delta_ptr += bh64 * num_rows
-    k0, k1 = load_pair(k_ptr, columns, stride_kn, num_tokens, HEAD_DIM, HEAD0, HEAD1, True)
-    v0, v1 = load_pair(v_ptr, columns, stride_vn, num_tokens, HEAD_DIM, HEAD0, HEAD1, True)
-    dk0, dk1 = zeros_pair(BLOCK_N, HEAD0, HEAD1)
-    dv0, dv1 = zeros_pair(BLOCK_N, HEAD0, HEAD1)
-    query_step = tl.cast(stride_qn, tl.int64) * BLOCK_M
-    d_out_step = tl.cast(stride_don, tl.int64) * BLOCK_M
+    batch, head, first_column = program_block(num_tokens, BLOCK_N)
+    columns = first_column + tl.arange(0, BLOCK_N)
+    q_ptr = matrix_ptr(q, batch, head)
+    do_ptr = matrix_ptr(do, batch, head)
+    first_row = (batch * num_heads + head).to(tl.int64) * num_rows
+    row_lse_ptr += first_row
+    row_delta_ptr += first_row
+    k_tile = load_rows(matrix_ptr(k, batch, head), columns, k.row, num_tokens, HEAD_DIM, SPLIT, True)
+    v_tile = load_rows(matrix_ptr(v, batch, head), columns, v.row, num_tokens, HEAD_DIM, SPLIT, True)
+    dk_tile = zeros(BLOCK_N, SPLIT)
+    dv_tile = zeros(BLOCK_N, SPLIT)
+    q_step = tl.cast(q.row, tl.int64) * BLOCK_M
+    do_step = tl.cast(do.row, tl.int64) * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
     for start in range(0, num_tokens, BLOCK_M):
         left = num_tokens - start
-        q0, q1 = load_pair(q_ptr, rows, stride_qn, left, HEAD_DIM, HEAD0, HEAD1, True)
-        do0, do1 = load_pair(do_ptr, rows, stride_don, left, HEAD_DIM, HEAD0, HEAD1, True)
-        c = tl.exp2(inner(k0, k1, q0, q1, HEAD1, PRECISION) * logit_scale - tl.load(row_lse_ptr + rows)[None, :])
-        dv0, dv1 = accumulate(c.to(do0.dtype), do0, do1, dv0, dv1, HEAD1, PRECISION)
-        ds = c * (inner(v0, v1, do0, do1, HEAD1, PRECISION) - tl.load(row_delta_ptr + rows)[None, :])
-        dk0, dk1 = accumulate(ds.to(q0.dtype), q0, q1, dk0, dk1, HEAD1, PRECISION)
-        q_ptr += query_step
-        do_ptr += d_out_step
+        q_tile = load_rows(q_ptr, rows, q.row, left, HEAD_DIM, SPLIT, True)
+        do_tile = load_rows(do_ptr, rows, do.row, left, HEAD_DIM, SPLIT, True)
+        c = tl.exp2(inner(k_tile, q_tile, PRECISION) * logit_scale - tl.load(row_lse_ptr + rows)[None, :])
+        dv_tile = accumulate(c.to(do_tile[0].dtype), do_tile, dv_tile, PRECISION)
+        ds = c * (inner(v_tile, do_tile, PRECISION) - tl.load(row_delta_ptr + rows)[None, :])
+        dk_tile = accumulate(ds.to(q_tile[0].dtype), q_tile, dk_tile, PRECISION)
+        q_ptr += q_step
+        do_ptr += do_step
         row_lse_ptr += BLOCK_M
         row_delta_ptr += BLOCK_M
-    dk0 *= scale
-    if HEAD1 > 0:
-        dk1 *= scale
-    dk_ptr += b64 * stride_dkb + h64 * stride_dkh
-    dv_ptr += b64 * stride_dvb + h64 * stride_dvh
-    store_pair(dk_ptr, columns, stride_dkn, num_tokens, dk0, dk1, HEAD_DIM, HEAD0, HEAD1)
-    store_pair(dv_ptr, columns, stride_dvn, num_tokens, dv0, dv1, HEAD_DIM, HEAD0, HEAD1)
+    dk_tile = scaled(dk_tile, scale)
+    store_rows(matrix_ptr(dk, batch, head), columns, dk.row, num_tokens, dk_tile, HEAD_DIM, SPLIT)
+    store_rows(matrix_ptr(dv, batch, head), columns, dv.row, num_tokens, dv_tile, HEAD_DIM, SPLIT)
 
 
 def content_backward(
@@ -313,10 +257,10 @@ def content_backward(
         dq, dk, dv (B, H, N, D), each a view of a contiguous (B, N, H, D) tensor.
     """
     batch, heads, tokens, head_dim = q.shape
-    head0, head1 = split_head_dim(head_dim)
     config_q, config_kv = configs
-    shape = {"HEAD_DIM": head_dim, "HEAD0": head0, "HEAD1": head1}
+    shape = {"HEAD_DIM": head_dim, "SPLIT": split_head_dim(head_dim)}
     products = {**shape, "PRECISION": matmul_precision(q.dtype)}
+    rows_do, rows_q, rows_k, rows_v = (rows_of(tensor) for tensor in (d_out, q, k, v))
 
     def gradient() -> Tensor:
         return torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
@@ -326,20 +270,18 @@ def content_backward(
     num_rows = row_blocks * config_q.block_m
     row_lse, row_delta = torch.empty((2, batch, heads, num_rows), dtype=torch.float32, device=q.device)
     content_backward_rows_kernel[row_blocks * batch, heads](
-        d_out, out, lse, row_lse, row_delta, *d_out.stride()[:3], *out.stride()[:3], heads, tokens, num_rows,
+        rows_do, rows_of(out), lse, row_lse, row_delta, heads, tokens, num_rows,
         **shape, BLOCK_M=config_q.block_m, num_warps=config_q.num_warps,
     )  # fmt: skip
     content_backward_q_kernel[row_blocks * batch, heads](
-        d_out, q, k, v, row_lse, row_delta, dq,
-        *d_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dq.stride()[:3],
+        rows_do, rows_q, rows_k, rows_v, row_lse, row_delta, rows_of(dq),
         scale, scale * LOG2E, heads, tokens, num_rows,
         **products, BLOCK_M=config_q.block_m, BLOCK_N=config_q.block_n, RAGGED=tokens % config_q.block_n != 0,
         num_warps=config_q.num_warps, num_stages=config_q.num_stages,
     )  # fmt: skip
     block_kv = min(config_kv.block_m, config_q.block_m)
     content_backward_kv_kernel[triton.cdiv(tokens, config_kv.block_n) * batch, heads](
-        d_out, q, k, v, row_lse, row_delta, dk, dv,
-        *d_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
+        rows_do, rows_q, rows_k, rows_v, row_lse, row_delta, rows_of(dk), rows_of(dv),
         scale, scale * LOG2E, heads, tokens, num_rows,
         **products, BLOCK_M=block_kv, BLOCK_N=config_kv.block_n,
         num_warps=config_kv.num_warps, num_stages=config_kv.num_stages,

@@ -33,7 +33,7 @@ import torch
 import triton
 
 from convit_kernels.triton import configs
-from convit_kernels.triton.backward import backward
+from convit_kernels.triton.backward import AXIS_STEP, backward
 from convit_kernels.triton.common import padded
 from convit_kernels.triton.config_table import TABLE
 from convit_kernels.triton.configs import Config
@@ -152,8 +152,9 @@ def trips(launch: Launch) -> Callable[[Loop], int]:
     values = launch.arguments
     if launch.name == "backward_position_kernel":
         blocks = triton.cdiv(values["span"], values["BLOCK_N"])
-        # the small loops run in one of several programs (over images) or once (over a factor of up to 16 columns)
-        return lambda loop: blocks if loop.outer else values["group"] if loop.matrix else 1
+        # over key blocks, within it over images, and over the coordinates of each axis: the grids here are square
+        axis = triton.cdiv(values["width"], AXIS_STEP.value)
+        return lambda loop: blocks if loop.outer else axis if loop.special and not loop.matrix else values["group"]
     if launch.name == "backward_reduce_kernel":
         return lambda loop: triton.cdiv(values["size"], values["BLOCK"])
     # where a kernel treats the ragged tile apart, it stands beside the loop
@@ -178,7 +179,7 @@ def measure(
             continue
         values = launch.arguments
         report = read(compile_launch(launch, case.device), case.device, trips(launch) if counted else None)
-        tensors = {tensor.data_ptr(): tensor for tensor in values.values() if isinstance(tensor, torch.Tensor)}
+        tensors = {tensor.data_ptr(): tensor for tensor in launch.tensors}
         rows.append(
             Row(
                 tile=(values.get("BLOCK_M", 1), values.get("BLOCK_N", values.get("BLOCK", 1))),

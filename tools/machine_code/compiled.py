@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, KernelParam
 
 KIB = 1024
 
@@ -65,6 +66,12 @@ class Launch:
     def name(self) -> str:
         return str(self.kernel.__name__)
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Those among the arguments, within tuples too."""
+        flat = [item for value in self.arguments.values() for item in (value if isinstance(value, tuple) else (value,))]
+        return [item for item in flat if isinstance(item, torch.Tensor)]
+
 
 @contextlib.contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
@@ -95,42 +102,52 @@ def recorded_launches() -> Iterator[list[Launch]]:
         JITFunction.run = original
 
 
-def _specialize(launch: Launch, backend: str) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[Any]]]:
+def _specialize(launch: Launch, backend: str) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
     """The signature, the constants and the attributes that Triton's own launch would derive from the arguments.
 
     Pointers count as aligned to 16 bytes when the recorded ones are, integers are constants when 1 and carry their
-    divisibility by 16. Parameters that the kernel asks not to specialize stay plain.
+    divisibility by 16. Parameters that the kernel asks not to specialize stay plain. What lies in a tuple has a path of
+    indices.
     """
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int], list[Any]] = {}
-    for index, parameter in enumerate(launch.kernel.params):
-        name, value = parameter.name, launch.arguments[parameter.name]
-        if parameter.is_constexpr:
-            signature[name], constants[name] = "constexpr", value
-            continue
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+
+    def kind(value: Any, path: tuple[int, ...], parameter: KernelParam) -> Any:
+        if isinstance(value, tuple) and not parameter.is_constexpr:
+            kinds = [kind(item, (*path, index), parameter) for index, item in enumerate(value)]
+            return type(value)(*kinds) if hasattr(value, "_fields") else tuple(kinds)
+        if parameter.is_constexpr or isinstance(value, tl.constexpr):
+            constants[path] = value
+            return "constexpr"
         aligned = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
         hints: list[Any] = []
         if value is None or (type(value) is int and value == 1 and not parameter.do_not_specialize):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = "*" + _TYPES[value.dtype]
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor):
+            name = "*" + _TYPES[value.dtype]
             if aligned and value.data_ptr() % 16 == 0:
                 hints.append(["tt.divisibility", 16])
             if backend == "hip" and not parameter.do_not_specialize and value.untyped_storage().size() <= 2**31 - 1:
                 hints.append(["tt.pointer_range", 32])
         elif isinstance(value, bool):
-            signature[name] = "u1"
+            name = "u1"
         elif isinstance(value, int):
-            signature[name] = parameter.annotation_type or ("i32" if -(2**31) <= value < 2**31 else "i64")
+            name = parameter.annotation_type or ("i32" if -(2**31) <= value < 2**31 else "i64")
             if aligned and value % 16 == 0:
                 hints.append(["tt.divisibility", 16])
         elif isinstance(value, float):
-            signature[name] = parameter.annotation_type or "fp32"
+            name = parameter.annotation_type or "fp32"
         else:
-            raise TypeError(f"{launch.name}: cannot specialize {name} = {value!r}")
+            raise TypeError(f"{launch.name}: cannot specialize {parameter.name} = {value!r}")
         if hints:
-            attributes[index,] = hints
+            attributes[path] = hints
+        return name
+
+    signature = {
+        parameter.name: kind(launch.arguments[parameter.name], (index,), parameter)
+        for index, parameter in enumerate(launch.kernel.params)
+    }
     return signature, constants, attributes
 
 

@@ -104,11 +104,12 @@ def _around_elected(blocks: Sequence[Block]) -> list[Block]:
 @dataclasses.dataclass(frozen=True)
 class Loop:
     """What tells the loops of a kernel apart: their place in the program, whether another loop is in it, and whether it
-    has matrix products."""
+    has matrix products and special functions."""
 
     index: int
     outer: bool
     matrix: bool
+    special: bool
 
 
 def issued(blocks: Sequence[Block], trips: Callable[[Loop], int], *, elected: bool = True) -> Counter[str]:
@@ -124,12 +125,17 @@ def issued(blocks: Sequence[Block], trips: Callable[[Loop], int], *, elected: bo
     """
     blocks = _without_waiting(blocks)
     loops = _loops(blocks)
+
+    def has(header: int, kind: tuple[str, ...]) -> bool:
+        return any(opcode.startswith(kind) for node in loops[header] for opcode in blocks[node].opcodes)
+
     trip = {
         header: trips(
             Loop(
                 index=index,
                 outer=any(other in loops[header] for other in loops if other != header),
-                matrix=any(opcode.startswith(_MATRIX) for node in loops[header] for opcode in blocks[node].opcodes),
+                matrix=has(header, _MATRIX),
+                special=has(header, _SPECIAL),
             )
         )
         for index, header in enumerate(sorted(loops))
