@@ -12,10 +12,11 @@ known.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
+from torch.nn import Parameter
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.language import constexpr
@@ -23,7 +24,6 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 _RUN = JITFunction.run
-_TENSORS = (Tensor, torch.nn.Parameter)
 _MOST = 4096  # sizes and strides are part of a key: a process that sees ever new ones starts over
 
 
@@ -74,21 +74,31 @@ def _alone(kernel: Any) -> bool:
 def described(arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """What of the arguments is in the key; None where one is neither tensor, number, None nor constant, nor a tuple."""
     found: list[Any] = []
+    return tuple(found) if _describe(arguments, found.append) else None
+
+
+def _describe(arguments: tuple[Any, ...], add: Callable[[Any], None]) -> bool:
     for value in arguments:
         kind = type(value)
         if kind is int or value is None:
-            found.append(value)
-        elif kind in _TENSORS:
-            found += value.dtype, value.data_ptr() % 16 == 0
+            add(value)
+        elif kind is Tensor or kind is Parameter:
+            add(value.dtype)
+            add(value.data_ptr() % 16 == 0)
         elif kind is float or kind is bool:  # which equal an int
-            found += kind, value
+            add(kind)
+            add(value)
         elif kind is constexpr:
-            found += kind, value.value
-        elif isinstance(value, tuple) and (inner := described(value)) is not None:
-            found += kind, inner
+            add(kind)
+            add(value.value)
+        elif isinstance(value, tuple):
+            add(kind)
+            add(len(value))
+            if not _describe(value, add):
+                return False
         else:
-            return None
-    return tuple(found)
+            return False
+    return True
 
 
 def launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **constants: Any) -> None:
