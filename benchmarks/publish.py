@@ -5,8 +5,8 @@
     python benchmarks/publish.py --path          prints where the results of this machine and commit belong
 
 A run is what one machine measured at one commit: benchmarks/results/RUN.json, and beside it RUN-growth.json (a sweep),
-RUN-models.json (whole models beside DeiT) and RUN-units.json (the CPU kernels by instruction set), each where there is
-one.
+RUN-models.json (whole models beside DeiT), RUN-units.json (the CPU kernels by instruction set) and RUN-host.json (the
+host's time of a call), each where there is one.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import host_time
 import units
 from against_deit import COLUMNS, COMPOSITE, DEIT, EAGER_CONVIT, REPLACED
 from against_deit import load as load_models
@@ -51,16 +52,17 @@ class Run(NamedTuple):
     growth: Results | None = None
     models: dict[str, Any] | None = None  # what against_deit.py wrote
     units: dict[str, Any] | None = None  # what units.py wrote
+    host: dict[str, Any] | None = None  # what host_time.py wrote
 
     @property
     def machine(self) -> dict[str, Any]:
         source = self.results or self.growth
-        return source.machine if source else (self.models or self.units or {})["machine"]
+        return source.machine if source else (self.models or self.units or self.host or {})["machine"]
 
     @property
     def date(self) -> str:
         source = self.results or self.growth
-        return source.date if source else (self.models or self.units or {}).get("date", "")
+        return source.date if source else (self.models or self.units or self.host or {}).get("date", "")
 
     @property
     def on_gpu(self) -> bool:
@@ -69,14 +71,14 @@ class Run(NamedTuple):
 
 def run_of(name: str) -> Run:
     """The run of a name, with the parts that are committed."""
-    readers = {"": load, "-growth": load, "-models": load_models, "-units": units.load}
+    readers = {"": load, "-growth": load, "-models": load_models, "-units": units.load, "-host": host_time.load}
     paths = {part: RESULTS / f"{name}{part}.json" for part in readers}
     return Run(name, *(read(paths[part]) if paths[part].is_file() else None for part, read in readers.items()))
 
 
 def runs() -> list[Run]:
     """All committed runs, by name."""
-    names = {re.sub("-(growth|models|units)$", "", path.stem) for path in RESULTS.glob("*.json")}
+    names = {re.sub("-(growth|models|units|host)$", "", path.stem) for path in RESULTS.glob("*.json")}
     return [run_of(name) for name in sorted(names)]
 
 
@@ -181,6 +183,8 @@ def results_page(run: Run) -> str:
         lines += _models(run.name, run.models)
     if run.units:
         lines += _units(run.name, run.units)
+    if run.host:
+        lines += _host(run.name, run.host)
     if run.results:
         lines += [*_not_measured(run.results.not_measured), *_every_row(run.results)]
     return "\n".join(lines).rstrip() + "\n"
@@ -338,6 +342,20 @@ def _units(name: str, measured: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _host(name: str, measured: dict[str, Any]) -> list[str]:
+    """The host's time of a call, ours beside eager's."""
+    return [
+        "## The host's time of a call",
+        "",
+        "What Python and PyTorch take, on tensors of next to no work, until the kernels are launched, to a stub. What",
+        "CUDA takes for each kernel is missing: eager has 17 forward and 26 backward, ours 2 and 4 or 5.",
+        _data(f"{name}-host"),
+        "",
+        *table(host_time.HEADINGS, host_time.lines(measured["rows"])),
+        "",
+    ]
+
+
 def _not_measured(entries: Iterable[NotMeasured]) -> list[str]:
     """What was left out, a line for each reason."""
     by_reason: dict[str, list[NotMeasured]] = {}
@@ -380,7 +398,7 @@ def index_page(all_runs: Iterable[Run]) -> str:
     rows = []
     for run in all_runs:
         parts = {"speed-ups": run.results, "growth": run.growth, "whole models beside DeiT": run.models}
-        parts["CPU kernels by instruction set"] = run.units
+        parts |= {"CPU kernels by instruction set": run.units, "the host's time": run.host}
         holds = ", ".join(part for part, content in parts.items() if content)
         rows.append([f"[{_title(run)}](results-{run.name}.md)", run.date, holds])
     lines = [

@@ -40,7 +40,7 @@ def content(rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """The options of both; what cannot be is refused before any work."""
     found = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
-    found.add_argument("--out", type=_file_to_write, required=True, help="write the results here")
+    found.add_argument("--out", type=file_to_write, required=True, help="write the results here")
     found.add_argument(
         "--dtype",
         dest="dtypes",
@@ -76,7 +76,7 @@ def positive(kind: type[int] | type[float]) -> Callable[[str], Any]:
     return read
 
 
-def _file_to_write(text: str) -> Path:
+def file_to_write(text: str) -> Path:
     try:
         check_writable("the results", Path(text))
     except ValueError as error:

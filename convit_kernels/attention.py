@@ -51,12 +51,16 @@ def why_not(name: str, inputs: Inputs | None = None) -> str:
     return _BACKENDS[name].why_not(inputs)
 
 
+def _check_name(name: str) -> None:
+    if name not in _BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: allowed are None (the fastest that can run) and {list(_BACKENDS)}")
+
+
 def check_backend(name: str | None) -> None:
     """Raises ValueError for a name that is no backend, RuntimeError for one that cannot run on this machine."""
     if name is None:
         return
-    if name not in _BACKENDS:
-        raise ValueError(f"unknown backend {name!r}: allowed are None (the fastest that can run) and {list(_BACKENDS)}")
+    _check_name(name)
     if reason := why_not(name):
         raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
 
@@ -67,10 +71,11 @@ def fastest(inputs: Inputs) -> str:
 
 
 def _choose(name: str | None, inputs: Inputs) -> _Entry:
-    check_backend(name)
     if name is None:
-        name = fastest(inputs)
-    elif reason := why_not(name, inputs):
+        return _BACKENDS[fastest(inputs)]
+    _check_name(name)
+    if reason := why_not(name, inputs):
+        check_backend(name)  # of a machine that cannot there is more to say than of these inputs
         raise RuntimeError(
             f"backend {name!r} cannot do this: {reason}. backend=None would take {fastest(inputs)!r} here"
         )

@@ -18,6 +18,8 @@ def parse_grid(grid_size: int | Sequence[int]) -> tuple[int, ...]:
         TypeError: grid_size is neither an int nor one to three ints.
         ValueError: a side is smaller than 1.
     """
+    if type(grid_size) is int and grid_size > 0:  # the usual, at once: this is asked at every call
+        return grid_size, grid_size
     sides = (grid_size, grid_size) if isinstance(grid_size, _INTS) else grid_size
     if (
         isinstance(grid_size, (bool, str))

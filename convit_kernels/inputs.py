@@ -78,6 +78,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Te
 
 
 def _number(name: str, value: float) -> float:
+    if type(value) is float:  # the usual, at once: asking a number for its kind takes longer than all other checks
+        return value
     symbolic = isinstance(value, (torch.SymInt, torch.SymFloat))
     if isinstance(value, bool) or not (symbolic or isinstance(value, numbers.Real)):
         raise TypeError(f"{name} must be a number, but is {value!r}")

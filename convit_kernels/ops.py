@@ -3,9 +3,10 @@
 Shapes and dtypes of arguments and results are in schemas.py.
 """
 
+import functools
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,17 @@ from .schemas import SCHEMAS
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _DERIVING = (TransformType.Grad, TransformType.Jvp)
+# What a call may meet on its way to a kernel of this package when nothing but autograd takes part in it: of which
+# classes the tensors are, and for what the dispatcher stops at them, or at all
+_CLASSES = {Tensor, torch.nn.Parameter}
+_STOPS = (
+    "BackendSelect",
+    "ADInplaceOrView",
+    *(f"{kind}{on}" for on in ("CPU", "CUDA") for kind in ("", "Autograd", "Autocast")),
+)
+_OTHER_STOPS = ~functools.reduce(
+    int.__or__, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr() for name in _STOPS)
+)
 
 
 def transformed() -> bool:
@@ -124,13 +136,14 @@ torch.cuda._lazy_call(_without_cuda_code)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
+def _of_triton(name: str) -> Callable[..., Any]:
+    """A function of triton/attention.py, which is imported at the first call."""
+    return getattr(importlib.import_module(".triton.attention", __package__), name)  # type: ignore[no-any-return]
+
+
 def _in_triton(name: str) -> Callable[..., Any]:
-    """A function of triton/attention.py, which is imported at its first call."""
-
-    def kernel(*args: Any) -> Any:
-        return getattr(importlib.import_module(".triton.attention", __package__), name)(*args)
-
-    return kernel
+    return lambda *args: _of_triton(name)(*args)
 
 
 for _name in ("gated_attention", "gated_attention_backward"):
@@ -170,7 +183,7 @@ def why_not_attend(inputs: Inputs) -> str:
 
 
 def attend(inputs: Inputs, philox: Tensor | None = None) -> Tensor:
-    """Calls `gated_attention`, with the parameters in the dtype that it takes, and returns its output alone.
+    """`gated_attention`'s output alone, with its derivatives.
 
     Args:
         inputs: shapes and dtypes in `Inputs`.
@@ -183,19 +196,93 @@ def attend(inputs: Inputs, philox: Tensor | None = None) -> Tensor:
     Raises:
         RuntimeError: torch.jit.trace is at work and gradients are enabled.
     """
-    if torch.jit.is_tracing() and torch.is_grad_enabled():  # type: ignore[attr-defined,no-untyped-call]
-        raise RuntimeError(
-            "torch.jit.trace cannot write down the derivatives of the fused kernels: trace under torch.no_grad(), or "
-            "leave the backend out"
-        )
-    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0:
-        tell_counters()
     q, k, v, pos_weight, gate, grid, scale, dropout_p, _, _ = inputs
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    settings = (*grid, scale, dropout_p, philox)
     # a tensor under torch.func.vmap does not tell whether the one that it stands for needs a gradient
-    need_grad = torch.is_grad_enabled() and (transformed() or any(tensor.requires_grad for tensor in inputs[:5]))
-    out, *_ = gated_attention(q, k, v, pos_weight.to(dtype), gate.to(dtype), *grid, scale, dropout_p, philox, need_grad)
-    return out  # type: ignore[no-any-return]
+    need_grad = torch.is_grad_enabled() and (
+        transformed() or q.requires_grad or any(tensor.requires_grad for tensor in inputs[1:5])
+    )
+    if _watched(inputs[:5]):
+        if torch.jit.is_tracing() and torch.is_grad_enabled():  # type: ignore[attr-defined,no-untyped-call]
+            raise RuntimeError(
+                "torch.jit.trace cannot write down the derivatives of the fused kernels: trace under torch.no_grad(), "
+                "or leave the backend out"
+            )
+        if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0:
+            tell_counters()
+        pos_weight, gate = _parameters(q, pos_weight, gate)
+        return gated_attention(q, k, v, pos_weight, gate, *settings, need_grad)[0]  # type: ignore[no-any-return]
+    if need_grad:
+        return _Attention.apply(q, k, v, pos_weight, gate, *settings)  # type: ignore[no-any-return]
+    return _forward(q, k, v, *_parameters(q, pos_weight, gate), *settings, False)[0]
+
+
+def _stops_elsewhere(tensor: Tensor) -> bool:
+    return torch._C._dispatch_keys(tensor).raw_repr() & _OTHER_STOPS != 0
+
+
+def _watched(tensors: Sequence[Tensor]) -> bool:
+    """Whether more than autograd takes part in a call, and it must be one of the op.
+
+    A compiler, a mode, a transform, a tracer, forward-mode differentiation, a tensor of another class or one that is
+    lazily negated.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._dispatch_tls_local_include_set().raw_repr() & _OTHER_STOPS != 0
+        or not _CLASSES.issuperset(map(type, tensors))
+        or any(map(_stops_elsewhere, tensors))
+    )
+
+
+def _parameters(q: Tensor, pos_weight: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype that the ops take."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return (
+        pos_weight if pos_weight.dtype == dtype else pos_weight.to(dtype),
+        gate if gate.dtype == dtype else gate.to(dtype),
+    )
+
+
+def _forward(q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """What `gated_attention` returns, and after it what else its backward can use. Derivatives are the caller's."""
+    with torch._C._AutoDispatchBelowAutograd():
+        if q.is_cuda or INTERPRETED:
+            return _of_triton("forward_with_tables")(q, *rest)  # type: ignore[no-any-return]
+        return gated_attention(q, *rest)  # type: ignore[no-any-return]
+
+
+def _backward(d_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """What `gated_attention_backward` returns, from its arguments and what `_forward` gave beyond."""
+    with torch._C._AutoDispatchBelowAutograd():
+        if d_out.is_cuda or INTERPRETED:
+            return _of_triton("gated_attention_backward")(d_out, *rest)  # type: ignore[no-any-return]
+        return gated_attention_backward(d_out, *rest)  # type: ignore[no-any-return]
+
+
+class _Attention(torch.autograd.Function):
+    """`gated_attention` and its derivative where nothing watches: the autograd of torch.library takes 30 us more."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor, *settings: Any) -> Tensor:
+        out, lse, content, *tables = _forward(q, k, v, *_parameters(q, pos_weight, gate), *settings, True)
+        *ctx.settings, philox = settings
+        ctx.save_for_backward(q, k, v, content, lse, pos_weight, gate, philox, *tables)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, content, lse, pos_weight, gate, philox, *tables = ctx.saved_tensors
+        inputs = (d_out, q, k, v, content, lse, *_parameters(q, pos_weight, gate), *ctx.settings, philox)
+        if torch.is_grad_enabled() or _watched(inputs[:6]):
+            if torch._C._len_torch_dispatch_stack() > 0:
+                tell_counters()
+            *grads, d_pos_weight, d_gate = gated_attention_backward(*inputs)
+        else:
+            *grads, d_pos_weight, d_gate = _backward(*inputs, *tables)
+        return *grads, d_pos_weight.to(pos_weight.dtype), d_gate.to(gate.dtype), *(None,) * 5
 
 
 def _heads_last(q: Tensor) -> Tensor:

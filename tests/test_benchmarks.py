@@ -184,6 +184,48 @@ class TestDefaultSet:
 needs_kernels = pytest.mark.skipif(bool(why_not_backend("cpu")), reason="the CPU kernels were not built")
 
 
+class TestHostTime:
+    @pytest.fixture
+    def host_time(self, monkeypatch):
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        return importlib.import_module("host_time")
+
+    def test_ours_goes_all_the_way_to_the_launch_of_its_kernels(self, host_time):
+        pytest.importorskip("triton")
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            pytest.skip("interpreted kernels cannot be recorded")
+        from tools.machine_code.compiled import recorded_launches
+
+        launched = {}
+        with host_time.launch_to_stub(), recorded_launches() as recorded:
+            for what, call in host_time.calls(host_time.OURS).items():
+                recorded.clear()
+                call()
+                launched[what] = [each.name for each in recorded]
+            assert set(host_time.calls(EAGER)) == set(launched)
+        forward, for_backward, backward = launched.values()
+        assert forward == for_backward == ["forward_kernel"] and len(backward) == 4
+        with pytest.raises(RuntimeError, match="'triton' cannot"):  # all is as it was
+            host_time.calls(host_time.OURS)
+
+    def test_both_are_timed_as_often_and_compared(self, host_time, monkeypatch):
+        made = []
+        monkeypatch.setattr(host_time, "CALLS", 2)
+        monkeypatch.setattr(host_time, "calls", lambda name: {"a call": lambda: made.append(name)})
+        (eager, ours) = host_time.measure(rounds=3)
+        assert eager["what"] == ours["what"] == "a call" and len(eager["seconds"]) == len(ours["seconds"]) == 3
+        assert made == 5 * [*2 * [EAGER], *2 * [host_time.OURS]]  # the first two rounds do not count
+        eager["seconds"], ours["seconds"] = [4e-5, 2e-5, 8e-5], [1e-5, 2e-5, 5e-5]
+        assert list(host_time.lines([eager, ours])) == [["a call", "40.0 (20.0)", "20.0 (10.0)", "0.50 (0.50)"]]
+
+    def test_without_triton_it_says_so(self, host_time, monkeypatch, capsys):
+        monkeypatch.setattr(host_time, "find_spec", lambda name: None)
+        monkeypatch.setattr(sys, "argv", ["host_time.py"])
+        with pytest.raises(SystemExit):
+            host_time.main()
+        assert "there is nothing to measure: triton is not installed" in capsys.readouterr().err
+
+
 class TestUnits:
     SHAPES = ((2, 3, 4, 8), (1, 2, 5, 4))
 

@@ -22,7 +22,7 @@ LAYERS = [
     ("ops",),
     ("inputs", "eager_attention", "extension", "flops", "triton.attention"),
     ("eager_tables", "extras", "grid", "variants", "_ops", "triton.forward", "triton.backward"),
-    ("schemas", "triton.common", "triton.configs"),
+    ("schemas", "triton.common", "triton.configs", "triton.launch"),
     ("triton.config_table",),
 ]
 

@@ -236,6 +236,22 @@ class TestUnits:
         assert "| 2026-11-27 | CPU kernels by instruction set |" in publish.index_page([run])
 
 
+class TestHostTime:
+    def test_its_file_belongs_to_its_run_and_the_page_compares(self, publish, monkeypatch, tmp_path):
+        rows = [
+            {"what": "backward", "implementation": name, "seconds": seconds}
+            for name, seconds in (("eager", [2e-4, 1e-4, 4e-4]), ("triton", [1e-4, 8e-5, 3e-4]))
+        ]
+        content = {"machine": MACHINE, "date": "2026-11-27", "rows": rows}
+        monkeypatch.setattr(publish, "RESULTS", tmp_path)
+        monkeypatch.setattr(publish, "ROOT", tmp_path.parent)
+        (tmp_path / "x-abc1234-host.json").write_text(json.dumps(content))
+        (run,) = publish.runs()
+        assert run.name == "x-abc1234" and run.host == content and not run.on_gpu
+        assert "| backward | 200.0 (100.0) | 100.0 (80.0) | 0.50 (0.80) |" in publish.results_page(run)
+        assert "| 2026-11-27 | the host's time |" in publish.index_page([run])
+
+
 class TestReadme:
     SOURCE = "benchmarks/results/x.json"
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,19 +37,22 @@ def position_tables(
     (H, height, height) and (H, width, width) in float32. What is not used is None.
     """
     if is_dense(q):
-        return ops.dense_position_table(pos_weight, height, width, q.dtype), None, None
-    return None, *ops.relative_position_tables(pos_weight, height, width)
+        return ops.dense_position_table.default(pos_weight, height, width, q.dtype), None, None
+    return None, *ops.relative_position_tables.default(pos_weight, height, width)
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+_HERE = contextlib.nullcontext()
+
+
 def _on(q: Tensor) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()
+    return torch.cuda.device(q.device) if q.is_cuda and q.device.index != torch.cuda.current_device() else _HERE
 
 
-def gated_attention(
+def forward_with_tables(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -60,8 +64,8 @@ def gated_attention(
     dropout_p: float,
     philox: Tensor | None,
     need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward pass, registered for the CUDA key.
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The forward pass, without derivatives.
 
     Args:
         q, k, v: (B, H, N, D) in float16, bfloat16 or float32, any strides; N = height * width.
@@ -72,19 +76,18 @@ def gated_attention(
 
     Returns:
         out (B, H, N, D) in q's dtype, a view of a contiguous (B, N, H, D) tensor, and what the backward needs: lse
-        (B, H, N) in float32 and the content's own part C V, like out. Both are empty without need_grad.
+        (B, H, N) in float32 and the content's own part C V, like out. Both are None without need_grad. Then the three
+        of `position_tables`, which the backward need not make again.
     """
-    nothing = q.new_empty(0)
     if q.numel() == 0:
         out = torch.empty_like(q)
-        return out, q.new_empty(q.shape[:3] if need_grad else 0, dtype=torch.float32), out.clone()
-    q, k, v = (_unit_stride(tensor) for tensor in (q, k, v))
+        return out, q.new_empty(q.shape[:3] if need_grad else 0, dtype=torch.float32), out.clone(), None, None, None
     with _on(q):
-        table, row_table, col_table = position_tables(q, pos_weight, height, width)
+        table, row_table, col_table = tables = position_tables(q, pos_weight, height, width)
         out, lse, content = forward(
-            q,
-            k,
-            v,
+            _unit_stride(q),
+            _unit_stride(k),
+            _unit_stride(v),
             gate.contiguous(),
             (height, width),
             scale,
@@ -95,12 +98,18 @@ def gated_attention(
             philox=philox,
             need_grad=need_grad,
         )
+    return out, lse, content, *tables
+
+
+def gated_attention(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The op, registered for the CUDA key: what `forward_with_tables` returns without the tables."""
+    out, lse, content, *_ = forward_with_tables(q, *rest)
     if lse is None or content is None:
-        return out, nothing.float(), nothing
+        return out, q.new_empty(0, dtype=torch.float32), q.new_empty(0)
     return out, lse, content
 
 
-def gated_attention_backward(
+def backward_with_tables(
     d_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -114,13 +123,15 @@ def gated_attention_backward(
     scale: float,
     dropout_p: float,
     philox: Tensor | None,
+    *tables: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """The backward pass, registered for the CUDA key.
+    """The backward pass.
 
     Args:
         d_out: (B, H, N, D), the gradient of out, any strides.
         content, lse: the third and the second result of `gated_attention` with need_grad=True.
         q, k, v, pos_weight, gate, height, width, scale, dropout_p, philox: as `gated_attention` had them.
+        tables: the three of `position_tables`; they are made where they are not given.
 
     Returns:
         dq, dk, dv (B, H, N, D) in q's dtype, d_pos_weight (H, 3) and d_gate (H,) in float32.
@@ -133,14 +144,13 @@ def gated_attention_backward(
         return *empty, torch.zeros_like(pos_weight), torch.zeros_like(gate)
     if lse.numel() == 0:
         raise RuntimeError("gated_attention was called with need_grad=False, so lse is empty: pass need_grad=True")
-    d_out, q, k, v = (_unit_stride(tensor) for tensor in (d_out, q, k, v))
     with _on(q):
-        table, row_table, col_table = position_tables(q, pos_weight, height, width)
+        table, row_table, col_table = tables or position_tables(q, pos_weight, height, width)
         dq, dk, dv, d_gate, d_pos_weight = backward(
-            d_out,
-            q,
-            k,
-            v,
+            _unit_stride(d_out),
+            _unit_stride(q),
+            _unit_stride(k),
+            _unit_stride(v),
             content,
             lse,
             pos_weight.contiguous(),
@@ -154,3 +164,6 @@ def gated_attention_backward(
             philox=philox,
         )
     return dq, dk, dv, d_pos_weight, d_gate
+
+
+gated_attention_backward = backward_with_tables  # the op, registered for the CUDA key: its schema has no tables

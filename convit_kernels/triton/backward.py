@@ -44,6 +44,7 @@ from .common import (
     factored_position,
     factors_ptrs,
     gate_shares,
+    heads_last,
     inner,
     keep_mask,
     load_rows,
@@ -61,6 +62,7 @@ from .common import (
     zeros,
 )
 from .configs import Config, Regime, lookup
+from .launch import blocks, launch
 
 LOG2E_: tl.constexpr = tl.constexpr(LOG2E)
 
@@ -497,7 +499,7 @@ def backward(
         raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p}")
     if dropout_p > 0.0 and philox is None:
         raise ValueError("dropout needs philox, a tensor with seed and offset")
-    if any(tensor.stride(-1) != 1 for tensor in (d_out, q, k, v, content)):
+    if not d_out.stride(-1) == q.stride(-1) == k.stride(-1) == v.stride(-1) == content.stride(-1) == 1:
         raise ValueError("the last stride of d_out, q, k, v and content must be 1")
     if configs is None:
         regime: Regime = "dense" if dense else "factored"
@@ -525,23 +527,22 @@ def backward(
     dropout = Dropout(philox, dropout_p)
     rows_do, rows_q, rows_k, rows_v = (rows_of(tensor) for tensor in (d_out, q, k, v))
 
-    def gradient() -> Tensor:
-        return torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
-
-    dq, dk, dv = gradient(), gradient(), gradient()
+    dq, dk, dv = heads_last(q), heads_last(q), heads_last(q)
     # the query blocks of dK and dV must divide those of dQ, whose kernel fills the rows up to the end of its last block
     block_kv = min(config_kv.block_m, config_q.block_m)
-    num_rows = triton.cdiv(tokens, config_q.block_m) * config_q.block_m
+    num_rows = blocks(tokens, config_q.block_m) * config_q.block_m
     exact = q.dtype == torch.float32
     row_lse, row_dc, *more = torch.empty((2 + exact, heads, batch, num_rows), dtype=torch.float32, device=q.device)
     row_factor = more[0] if exact else None
-    backward_q_kernel[triton.cdiv(tokens, config_q.block_m) * batch, heads](
+    launch(
+        backward_q_kernel, (blocks(tokens, config_q.block_m) * batch, heads),
         rows_do, rows_q, rows_k, rows_v, rows_of(content), lse, gate, dropout, rows_of(dq), row_lse, row_dc, row_factor,
         scale, scale * LOG2E, batch, heads, tokens, num_rows,
         **constants, BLOCK_M=config_q.block_m, BLOCK_N=config_q.block_n, SATURATION=saturation(q.dtype), EXACT=exact,
         RAGGED=tokens % config_q.block_n != 0, num_warps=config_q.num_warps, num_stages=config_q.num_stages,
     )  # fmt: skip
-    backward_kv_kernel[triton.cdiv(tokens, config_kv.block_n) * batch, heads](
+    launch(
+        backward_kv_kernel, (blocks(tokens, config_kv.block_n) * batch, heads),
         rows_do, rows_q, rows_k, rows_v, row_lse, row_dc, row_factor, gate, position, dropout, rows_of(dk), rows_of(dv),
         scale, scale * LOG2E, batch, heads, tokens, num_rows,
         **constants, BLOCK_M=block_kv, BLOCK_N=config_kv.block_n, SATURATION=saturation(q.dtype),
@@ -550,21 +551,22 @@ def backward(
 
     # A program sums over as many images as it can, then over as many keys, as long as there are programs for every
     # multiprocessor. The rule knows no device, so the order of the sums, and with it the result, is the same on all.
-    row_blocks = triton.cdiv(tokens, config_position.block_m)
-    key_blocks = triton.cdiv(tokens, config_position.block_n)
+    row_blocks = blocks(tokens, config_position.block_m)
+    key_blocks = blocks(tokens, config_position.block_n)
     share = max(1, heads * row_blocks * key_blocks * batch // POSITION_PROGRAMS)
     group = min(batch, share)
     span = config_position.block_n * min(key_blocks, share // group)
-    programs = row_blocks * triton.cdiv(tokens, span) * triton.cdiv(batch, group)
+    programs = row_blocks * blocks(tokens, span) * blocks(batch, group)
     size = programs * config_position.block_m
     partial = torch.empty((heads, 4, size), dtype=torch.float32, device=q.device)
     d_gate = torch.empty(heads, dtype=torch.float32, device=q.device)
     d_pos_weight = torch.empty((heads, 3), dtype=torch.float32, device=q.device)
-    backward_position_kernel[programs, heads](
+    launch(
+        backward_position_kernel, (programs, heads),
         rows_do, rows_v, row_dc, pos_weight, dropout, partial,
         batch, heads, tokens, num_rows, height, width, span, group,
         **constants, BLOCK_M=config_position.block_m, BLOCK_N=config_position.block_n,
         num_warps=config_position.num_warps, num_stages=config_position.num_stages,
     )  # fmt: skip
-    backward_reduce_kernel[4, heads](partial, gate, d_gate, d_pos_weight, size, BLOCK=1024, num_warps=4)
+    launch(backward_reduce_kernel, (4, heads), partial, gate, d_gate, d_pos_weight, size, BLOCK=1024, num_warps=4)
     return dq, dk, dv, d_gate, d_pos_weight

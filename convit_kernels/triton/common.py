@@ -45,6 +45,7 @@ softmax; ``c`` and ``p`` (BLOCK_M, D), the accumulators of content and position;
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +63,7 @@ LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
 MAX_HEAD_DIM = 256
 
 
+@functools.cache
 def split_head_dim(head_dim: int) -> tuple[int, ...]:
     """Sizes of a head_dim's column blocks: one power of two of at least 16, or two, with the smallest sum >= head_dim.
 
@@ -85,6 +87,7 @@ def split_head_dim(head_dim: int) -> tuple[int, ...]:
     return (power,)
 
 
+@functools.cache
 def saturation(dtype: torch.dtype) -> float:
     """Share of the mix below which a branch is skipped: its whole contribution is far below the rounding of the result
     in ``dtype``.
@@ -92,6 +95,12 @@ def saturation(dtype: torch.dtype) -> float:
     The factor of 2^-8 under the dtype's epsilon leaves room for a branch whose average of V is larger than the other's.
     """
     return torch.finfo(dtype).eps / 256
+
+
+def heads_last(q: torch.Tensor) -> torch.Tensor:
+    """An empty tensor of q's shape (B, H, N, D) and dtype, laid out as (B, N, H, D)."""
+    batch, heads, tokens, head_dim = q.shape
+    return torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
 
 
 def padded(num_tokens: int) -> int:
@@ -116,7 +125,7 @@ def tail(num_tokens: int, block: int) -> int:
     none.
     """
     rest = num_tokens % block
-    return max(16, triton.next_power_of_2(rest)) if rest else 0
+    return max(16, 1 << (rest - 1).bit_length()) if rest else 0
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------

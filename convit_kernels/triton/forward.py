@@ -28,6 +28,7 @@ from .common import (
     factored_position,
     factors_ptrs,
     gate_shares,
+    heads_last,
     inner,
     keep_mask,
     load_at,
@@ -50,6 +51,7 @@ from .common import (
     zeros,
 )
 from .configs import Config, lookup
+from .launch import blocks, launch
 
 
 @triton.jit
@@ -287,14 +289,11 @@ def forward(
             device=q.device,
         )
 
-    def heads_last() -> Tensor:
-        return torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
-
-    out = heads_last()
-    content = heads_last() if need_grad else None
+    out = heads_last(q)
+    content = heads_last(q) if need_grad else None
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device) if need_grad else None
-    grid = (triton.cdiv(tokens, config.block_m) * batch, heads)
-    forward_kernel[grid](
+    launch(
+        forward_kernel, (blocks(tokens, config.block_m) * batch, heads),
         rows_of(q), rows_of(k, constant=True), rows_of(v, constant=True), rows_of(out), content, lse, gate,
         Position(table, padded(tokens), row_table, col_table, height, width), Dropout(philox, dropout_p),
         abs(scale) * LOG2E, heads, tokens,

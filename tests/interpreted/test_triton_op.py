@@ -206,3 +206,61 @@ def test_what_it_cannot_take_says_so_and_auto_goes_elsewhere(shape, dtype, text)
         ck.gpsa_attention(q, q, q, *weights, backend="triton")
     if shape[2] < 100:
         assert torch.isfinite(ck.gpsa_attention(q, q, q, *weights)).all()
+
+
+@pytest.fixture
+def tables_made(monkeypatch):
+    """How often tables are made."""
+    made = []
+
+    def counting(*arguments):
+        made.append(arguments)
+        return make(*arguments)
+
+    make = attention.position_tables
+    monkeypatch.setattr(attention, "position_tables", counting)
+    return made
+
+
+@pytest.mark.parametrize("l2", [1 << 20, 0], ids=["dense", "factored"])
+def test_the_backward_reads_the_tables_of_its_forward(tables_made, monkeypatch, l2):
+    monkeypatch.setattr(attention, "INTERPRETED_L2", l2)
+    with_gradients(lambda i: attend(i, (2, 3)), make_inputs(1, 1, (2, 3), 8))
+    assert len(tables_made) == 1
+
+
+def test_a_weight_that_has_changed_since_is_an_error_in_the_backward():
+    leaves = [tensor.clone().requires_grad_() for tensor in make_inputs(1, 2, (2, 3), 8)[:5]]
+    out = ck.gpsa_attention(*leaves, grid_size=(2, 3), backend="triton")
+    with torch.no_grad():
+        leaves[3].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_a_weight_changed_without_a_trace_counts_at_the_next_call():
+    """No table outlives its call: of such changes neither the version nor the address of a weight tells."""
+    q, k, v, pos_weight, gate = make_inputs(1, 2, (2, 3), 8)[:5]
+    weight = torch.nn.Parameter(pos_weight.clone(), requires_grad=False)
+    for _ in range(2):
+        before = weight._version, weight.data_ptr()
+        weight.data.mul_(-3)
+        assert (weight._version, weight.data_ptr()) == before
+        found, expected = (
+            ck.gpsa_attention(q, k, v, weight, gate, grid_size=(2, 3), backend=name) for name in ("triton", "reference")
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_of_another_dtype_get_gradients_of_their_own():
+    inputs = make_inputs(1, 2, (2, 3), 8, torch.float16)
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs[:3]]
+    leaves += [inputs.pos_weight.half().requires_grad_(), inputs.gate.double().requires_grad_()]
+    out = ck.gpsa_attention(*leaves, grid_size=(2, 3), backend="triton")
+    grads = torch.autograd.grad(out, leaves, inputs.grad.to(out.dtype), create_graph=True)
+    assert [grad.dtype for grad in grads] == [leaf.dtype for leaf in leaves]
+    plain = torch.autograd.grad(
+        ck.gpsa_attention(*leaves, grid_size=(2, 3), backend="triton"), leaves, inputs.grad.to(out.dtype)
+    )
+    for grad, again in zip(grads, plain, strict=True):
+        torch.testing.assert_close(again, grad.detach())
