@@ -26,7 +26,7 @@ TAIL = "HEAD_DIM, TAIL, PRECISION, CONTENT, POSITION, DENSE, DROPOUT, "
 DV = "columns, dv.row, num_tokens"
 THIRD = "    tl.store(partial_ptrs + 2 * size, ty * share)\n"
 DC = "tl.store(row_dc_ptr + row, dc"
-BLOCKS = "triton.cdiv(tokens, config_q.block_m) * config_q.block_m"
+BLOCKS = "blocks(tokens, config_q.block_m) * config_q.block_m"
 
 MEMORY = [
     Mutant(F, ROWS + "True)", ROWS + "False)", READ, "dense"),
@@ -41,7 +41,7 @@ MEMORY = [
     Mutant(C, "tl.store(ptrs[1],", "tl.store(ptrs[1] - SPLIT[0],", NEVER, "heads"),
     Mutant(B, BLOCKS, "tokens", WRITE, "dense"),
     Mutant(B, "min(config_kv.block_m, config_q.block_m)", "config_kv.block_m", READ, "wide"),
-    Mutant(B, "dq, dk, dv = gradient()", "dq, dk, dv = k", RACE, "dense"),
+    Mutant(B, "dq, dk, dv = heads_last(q)", "dq, dk, dv = k", RACE, "dense"),
     Mutant(B, DC, DC + ", mask=rows < num_tokens", NEW, "dense"),
     Mutant(B, "(columns[None, :] < position.columns)", "(columns[None, :] >= 0)", READ, "wide_keys"),
     Mutant(B, DV, DV + " + 1", WRITE, "dense"),
