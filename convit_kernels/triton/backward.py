@@ -409,10 +409,10 @@ def backward_position_kernel(
         column_y, column_x = coordinates(inside_columns, width)
         ax = column_x[None, :] - origin_x[:, None]
         ay = column_y[None, :] - origin_y[:, None]
-        da = tl.where(columns[None, :] < num_tokens, da - dc[:, None], 0.0)
         # P is computed once for all the images, in float32, since the table is rounded; its normaliser is applied at
         # the end.
-        t = da * tl.exp2(ax * (slope_x[:, None] + wr * ax) + ay * (slope_y[:, None] + wr * ay))
+        p = tl.exp2(ax * (slope_x[:, None] + wr * ax) + ay * (slope_y[:, None] + wr * ay))
+        t = p * tl.where(columns[None, :] < num_tokens, da - dc[:, None], 0.0)
         t0 += tl.sum(t, 1)
         tx += tl.sum(t * ax, 1)
         ty += tl.sum(t * ay, 1)

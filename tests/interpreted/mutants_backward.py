@@ -10,7 +10,7 @@ BACKWARD: list[tuple[str, str, str]] = [
     ("backward.py", "lse - tl.log2(content_share)", "lse"),
     ("backward.py", "factor = factor / tl.where(row_sum > 0.0, row_sum, 1.0)", "factor = factor"),
     ("backward.py", "c = tl.where(columns[None, :] < left, c, 0.0)", "c = c"),
-    ("backward.py", "da = tl.where(columns[None, :] < num_tokens, da - dc[:, None], 0.0)", "da -= dc[:, None]"),
+    ("backward.py", "tl.where(columns[None, :] < num_tokens, da - dc[:, None], 0.0)", "(da - dc[:, None])"),
     ("backward.py", "share = tl.where(rows < num_tokens, share_x * share_y, 0.0)", "share = share_x * share_y"),
     ("backward.py", "ty -= ey * t0", "ty -= 0.0"),
     ("backward.py", "- (exx + eyy) * t0", "+ (exx + eyy) * t0"),
