@@ -50,8 +50,8 @@ kernels: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
-# The benchmarks, the attention's growth, whole models beside DeiT and the CPU kernels by instruction set, kept by
-# machine and commit; then the README's table and the pages of docs/benchmarks from them. The growth is of float32: a
+# The benchmarks, the attention's growth, whole models beside DeiT, the CPU kernels by instruction set and the host's time,
+# kept by machine and commit; then the README's table and the pages of docs/benchmarks from them. The growth is of float32: a
 # processor without products of bfloat16 would take an hour for eager's.
 results: $(VENV)/built
 	results=$$($(BIN)/python benchmarks/publish.py --path) && \
@@ -61,6 +61,7 @@ results: $(VENV)/built
 		--benchmark-json=$${results%.json}-growth.json && \
 	$(BIN)/python benchmarks/against_deit.py --out $${results%.json}-models.json && \
 	$(BIN)/python benchmarks/units.py --out $${results%.json}-units.json && \
+	$(BIN)/python benchmarks/host_time.py --out $${results%.json}-host.json && \
 	$(BIN)/python benchmarks/publish.py $$results
 
 # The site in build/site. Its tool reads the sources without importing them, so that neither torch nor a build is needed.
