@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -64,6 +65,7 @@ def main() -> int:
         print("torch sees no GPU here, or cannot be imported: log.txt says more; --rehearse tries the steps on a CPU")
         return 1
     run.run(chosen(plan(device, run.out, here), options.only, options.minutes / MINUTES))
+    shutil.rmtree(run.out / "running")
     print("", run.summary(), f"in {run.out}", sep="\n")
     return run.code
 

@@ -54,11 +54,11 @@ def plan(device: str, out: Path, here: Mapping[str, Any]) -> Iterator[Group]:
     right += [_tests(f"test_{name}.py", device, 200, threads, "not all_architectures") for name in TESTS]
     if tool := here.get("sanitizer"):
         right += [_sanitized(tool, name, device, out) for name in ("memcheck", "racecheck")]
+    # what is found goes where no other step takes it for its own
+    cache = {"CONVIT_KERNELS_CACHE_DIR": str(out / "running" / "cache")}
     shares = 1 if rehearsal else max(1, cores // 3)
     for share in range(1, shares + 1):
         step = _ours("tune", device, out, 200, "--share", f"{share}/{shares}", name=f"compile-{share}", json=False)
-        # what it keeps says nothing, so not where what is measured is kept
-        cache = {"CONVIT_KERNELS_CACHE_DIR": str(out / "running" / f"cache-{share}")}
         right.append(step._replace(environment=threads | interpreted | cache))
     yield Group(right, at_once=cores)
 
@@ -67,7 +67,7 @@ def plan(device: str, out: Path, here: Mapping[str, Any]) -> Iterator[Group]:
     if host_time := _host_time(out):
         yield Group([host_time])
     yield Group([_ours("profile", device, out, 60)])
-    yield Group([_ours("tune", device, out, 90)._replace(environment=interpreted)])
+    yield Group([_ours("tune", device, out, 90)._replace(environment=interpreted | cache)])
     yield Group([_benchmarks("benchmarks-float32", device, out, 60)])
 
 
