@@ -11,7 +11,7 @@ install = $(1)/bin/python -m pip --disable-pip-version-check install --quiet --c
 PIP := $(call install,$(VENV))
 SOURCES := setup.py convit_kernels/schemas.py $(shell find csrc -type f)
 
-.PHONY: demo test test-tools steady kernels bench results docs lint sanitize mutants dist dist-test hub clean
+.PHONY: demo test test-tools gpu ttsem steady kernels bench results docs lint sanitize mutants dist dist-test hub clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -36,6 +36,27 @@ $(TOOLS_VENV)/ready: $(VENV)/ready pyproject.toml constraints.txt
 	$(BIN)/python -m venv --clear --without-pip $(TOOLS_VENV)
 	$(BIN)/python $(PURELIB) > "$$($(TOOLS_VENV)/bin/python $(PURELIB))/main.pth"
 	$(call install,$(TOOLS_VENV)) 'convit_kernels[test-tools]'
+	touch $@
+
+# Ten minutes on a GPU: all that needs one, each step with a limit of its own, into build/gpu (ARGS=--rehearse: the same
+# steps on a CPU). It builds the CUDA library for that GPU alone, so the next target builds it anew.
+gpu: $(VENV)/ready
+	rm -f $(VENV)/built
+	PYTHON=$(BIN)/python tools/gpu_day.sh $(ARGS)
+
+# The Triton kernels by a second executor, on a CPU, in an environment of its own: it wants Python 3.12, one torch and one
+# triton. The tests that launch kernels themselves: PyTorch's dispatcher is not deceived about where a tensor is.
+TTSEM_VENV ?= .venv-ttsem
+TTSEM_TESTS := $(patsubst %,tests/interpreted/test_triton_%.py,forward backward)
+PYTHON312 ?= $(shell for python in python3.12 $(HOME)/.pyenv/versions/3.12.*/bin/python; do \
+	$$python -c 'import sys; print(sys.executable)' 2>/dev/null && break; done)
+ttsem:
+	@if [ -z "$(PYTHON312)" ]; then echo "skipped: there is no Python 3.12 here (PYTHON312=... names one)"; else \
+	$(MAKE) $(TTSEM_VENV)/ready && $(TTSEM_VENV)/bin/python -m tools.under_ttsem $(TTSEM_TESTS) $(ARGS); fi
+
+$(TTSEM_VENV)/ready:
+	$(PYTHON312) -m venv --clear $(TTSEM_VENV)
+	$(TTSEM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet 'ttsem[triton]==0.1.0'
 	touch $@
 
 # The tests of equivalence on many draws of rounding: seeds, processors, threads (ARGS=--sample: some, for each change).
@@ -136,7 +157,7 @@ hub: $(VENV)/built
 	$(BIN)/python -m tools.hub_layout build/hub
 
 clean:
-	rm -rf $(VENV) $(DOCS_VENV) $(TOOLS_VENV) build dist *.egg-info convit_kernels/*.so convit_kernels/_build.json
+	rm -rf $(VENV) $(DOCS_VENV) $(TOOLS_VENV) $(TTSEM_VENV) build dist *.egg-info convit_kernels/*.so convit_kernels/_build.json
 
 # Each stamp is written last: a set-up that was interrupted is done again, torch's from an empty environment.
 $(VENV)/torch: constraints.txt

@@ -1,20 +1,21 @@
 """Options of the benchmarks, what they run by default, and the tables at the end."""
 
+import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import date
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
 import torch
-from rich.console import Console
 from tasks import DTYPES, default_tasks, sweep_tasks, why_left_out
 
 from convit_kernels.bench.compare import speed_ups
 from convit_kernels.bench.implementations import Task, implementation_names
 from convit_kernels.bench.machine import machine
-from convit_kernels.bench.report import tables
 from convit_kernels.bench.results import NotMeasured, Results, Row
 
 
@@ -23,8 +24,15 @@ class Log:
     """What a session has measured, what not and why, and when it begins no more groups."""
 
     deadline: float
+    file: Path | None = None  # gets each row as it is measured
     rows: list[Row] = field(default_factory=list)
     not_measured: list[NotMeasured] = field(default_factory=list)
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        if self.file is not None:
+            with self.file.open("a") as file:
+                file.write(json.dumps(row.to_json()) + "\n")
 
     def leave_out(self, task: Task, names: Iterable[str], reason: str) -> NoReturn:
         self.not_measured += [NotMeasured(str(task), name, reason) for name in names]
@@ -44,11 +52,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     options.addoption(
         "--minutes", type=float, help="begin no more groups after that (default: 9, or none with --sweep)"
     )
+    options.addoption("--rows", type=Path, help="append each row to this file as it is measured, as a line of JSON")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     minutes = config.getoption("--minutes") or (1e9 if config.getoption("--sweep") else 9)
-    config.stash[LOG] = Log(time.monotonic() + 60 * minutes)
+    config.stash[LOG] = Log(time.monotonic() + 60 * minutes, config.getoption("--rows"))
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +101,11 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     log = config.stash[LOG]
-    if log.rows:
+    if log.rows and find_spec("rich"):  # which an environment for running alone may lack
+        from rich.console import Console
+
+        from convit_kernels.bench.report import tables
+
         # a log file has no width of its own: the table's must not be cut to 80 columns
         console = Console(width=None if terminalreporter.isatty else 110)
         results = Results(log.rows, log.not_measured, machine(), date.today().isoformat())

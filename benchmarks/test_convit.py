@@ -134,5 +134,5 @@ def test_convit(benchmark, group: Group, name: str, request: pytest.FixtureReque
         device=device,
         load_1_minute=machine()["load_1_minute"],
     )
-    log.rows.append(row)
+    log.add(row)
     benchmark.extra_info.update(row.to_json())

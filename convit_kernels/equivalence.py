@@ -206,7 +206,8 @@ class _Rounding(TorchDispatchMode):
         self._store, self._accumulate = (torch.finfo(each).eps / 2 for each in (dtype, wide))
         self._smallest = torch.finfo(dtype).smallest_normal * self._store  # half a step between subnormal numbers
         self._recomputed = recomputed
-        self._generator = torch.Generator().manual_seed(seed)
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
         # what adding up has done to products, and to their views and multiples: to a softmax's logits
         self._of_products: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
 
@@ -250,7 +251,10 @@ class _Rounding(TorchDispatchMode):
         return result
 
     def _directions(self, like: Tensor) -> Tensor:
-        return (torch.randint(0, 2, like.shape, generator=self._generator, device="cpu") * 2 - 1).to(like.device)
+        device = like.device  # drawing elsewhere would take longer than all else
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return torch.randint(0, 2, like.shape, generator=self._generators[device], device=device) * 2 - 1
 
     def _in_turn(self, terms: Tensor) -> Tensor:
         """The sum over the first dimension as it comes out when each addition is rounded to the dtype."""

@@ -8,6 +8,8 @@ import convit_kernels as ck
 
 AVAILABLE = [backend.name for backend in ck.backends() if backend.available]
 EACH_BACKEND = pytest.mark.parametrize("backend", AVAILABLE)
+# those that take float64
+EACH_EXACT_BACKEND = pytest.mark.parametrize("backend", [name for name in AVAILABLE if name != "triton"])
 FAST = [name for name in AVAILABLE if name != "reference"]
 EACH_FAST_BACKEND = pytest.mark.parametrize("backend", FAST)
 

@@ -39,12 +39,29 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--device cuda compiles the kernels, TRITON_INTERPRET=1 interprets them: leave out one")
     elif not (torch.cuda.is_available() or config.getoption("--collect-only")):
         raise pytest.UsageError("--device cuda: torch sees no GPU here; leave it out for the CPU")
+    else:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     seeds = metafunc.config.getoption("--seeds")
     if seeds > 1 and metafunc.definition.get_closest_marker("equivalence"):
         metafunc.parametrize("seed", range(seeds))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out, on a GPU, what a backend does not take there: `cpu` any tensor, `triton` float64."""
+    if config.getoption("--device") == "cpu":
+        return
+
+    def refused(item: Any) -> bool:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        taken = {"cpu": False, "triton": params.get("dtype") != torch.float64}.get(params.get("backend"), True)
+        return "on_device" in item.fixturenames and not item.get_closest_marker("on_cpu") and not taken
+
+    config.hook.pytest_deselected(items=list(filter(refused, items)))
+    items[:] = [item for item in items if not refused(item)]
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
@@ -66,6 +83,16 @@ def seed() -> int:
 def device(pytestconfig: pytest.Config) -> torch.device:
     """What the tests of kernels that run anywhere put their tensors on: --device."""
     return torch.device(pytestconfig.getoption("--device"))
+
+
+@pytest.fixture
+def on_device(request: pytest.FixtureRequest, device: torch.device) -> Iterator[None]:
+    """Tensors are made on --device, unless a test is marked `on_cpu` or names a device."""
+    if device.type == "cpu" or request.node.get_closest_marker("on_cpu"):
+        yield
+    else:
+        with device:
+            yield
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from backends import EACH_BACKEND, FAST, attend
+from backends import EACH_BACKEND, EACH_EXACT_BACKEND, FAST, attend
 from equivalence import eager_attention, make_inputs, with_gradients
 from torch import func
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,6 +13,8 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
 import convit_kernels as ck
+
+pytestmark = pytest.mark.usefixtures("on_device")
 
 
 class Tagged(torch.Tensor):
@@ -24,7 +26,8 @@ class Wrapped(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner):
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, strides=inner.stride())
+        settings = {"dtype": inner.dtype, "strides": inner.stride(), "device": inner.device}
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, **settings)
 
     def __init__(self, inner):
         self.wrapped = inner.detach()
@@ -127,7 +130,7 @@ class TestDerivatives:
             fast_mode=True,
         )
 
-    @EACH_BACKEND
+    @EACH_EXACT_BACKEND
     def test_gradients_of_a_batch_of_gradients(self, backend):
         """torch.autograd's own vmap, over the backward pass alone."""
         leaves, tangents = leaves_and_tangents(requires_grad=True)
@@ -141,7 +144,7 @@ class TestDerivatives:
             single = torch.autograd.grad(out, leaves, grads[index], retain_graph=True)
             torch.testing.assert_close([grad[index] for grad in batched], list(single), rtol=1e-9, atol=1e-9)
 
-    @EACH_BACKEND
+    @EACH_EXACT_BACKEND
     @pytest.mark.parametrize("index", [0, 1, 2, 3, 4])
     def test_vmap_over_any_argument_in_one_call(self, backend, index):
         """Several models on one input, for example. The gradient is taken outside of it."""
@@ -162,7 +165,7 @@ class TestDerivatives:
         grads = [torch.autograd.grad(found.square().sum(), leaves) for found in (out, torch.stack(each))]
         torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
 
-    @EACH_BACKEND
+    @EACH_EXACT_BACKEND
     @pytest.mark.parametrize("dims", [(-1, 2, 1, 1, -1), (0, None, 3, None, 0), (None, 0, None, 2, None)])
     def test_vmap_within_vmap_over_any_dimension(self, backend, dims):
         leaves, _ = leaves_and_tangents()
@@ -182,7 +185,7 @@ class TestDerivatives:
                 each = [arg if dim is None else arg.select(dim, sample) for arg, dim in zip(args, dims, strict=True)]
                 torch.testing.assert_close(result, attend(*each), rtol=1e-12, atol=1e-12)
 
-    @EACH_BACKEND
+    @EACH_EXACT_BACKEND
     @pytest.mark.parametrize("wrt", [0, 2, 3, 4])
     def test_a_tangent_that_arrives_with_the_gradient(self, backend, wrt):
         leaves, tangents = leaves_and_tangents(requires_grad=True)
@@ -199,7 +202,7 @@ class TestDerivatives:
         (expected,) = torch.autograd.grad(out, leaves[wrt], tangents[1])
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
-    @EACH_BACKEND
+    @EACH_EXACT_BACKEND
     @pytest.mark.parametrize("wrt", [0, 1, 2, 3, 4])
     def test_a_second_backward_pass(self, backend, wrt):
         leaves, _ = leaves_and_tangents(requires_grad=True)
@@ -211,7 +214,7 @@ class TestDerivatives:
 
         torch.testing.assert_close(second(backend), second("reference"), rtol=1e-9, atol=1e-9)
 
-    @EACH_BACKEND
+    @EACH_EXACT_BACKEND
     def test_a_third_backward_pass_of_one_tensor_in_several_places(self, backend):
         """q also is v, and k comes from q: each of them has a gradient of its own on the way."""
         leaves, _ = leaves_and_tangents(requires_grad=True)
@@ -277,7 +280,7 @@ class TestDerivatives:
 class TestUnusualTensors:
     """Each is used for what it means, whatever its memory holds."""
 
-    @EACH_BACKEND
+    @EACH_EXACT_BACKEND
     @pytest.mark.parametrize(
         "make",
         [
@@ -297,14 +300,14 @@ class TestUnusualTensors:
 
         torch.testing.assert_close(results(make), results(torch.neg), rtol=1e-12, atol=1e-12)
 
-    @EACH_BACKEND
+    @EACH_EXACT_BACKEND
     def test_a_gradient_that_is_only_known_to_be_zero(self, backend):
         leaves, _ = leaves_and_tangents(requires_grad=True)
         out = ck.gpsa_attention(*leaves, grid_size=(2, 3), backend=backend)
-        zero = torch._efficientzerotensor(out.shape, dtype=out.dtype)
+        zero = torch._efficientzerotensor(out.shape, dtype=out.dtype, device=out.device)
         assert all((grad == 0).all() for grad in torch.autograd.grad(out, leaves, zero))
 
-    @EACH_BACKEND
+    @EACH_EXACT_BACKEND
     @pytest.mark.parametrize("which", [(0,), (3,), ALL])
     def test_subclasses(self, backend, which):
         leaves, _ = leaves_and_tangents(requires_grad=True)
@@ -317,7 +320,7 @@ class TestUnusualTensors:
         assert torch.equal(results[0], results[1])
         assert torch.equal(results[0], results[2])
 
-    @EACH_BACKEND
+    @EACH_EXACT_BACKEND
     def test_inference_mode(self, backend):
         leaves, _ = leaves_and_tangents(requires_grad=True)
         with torch.inference_mode():
@@ -325,7 +328,7 @@ class TestUnusualTensors:
         assert out.is_inference()
         torch.testing.assert_close(out.clone(), ck.gpsa_attention(*leaves, grid_size=(2, 3), backend=backend).detach())
 
-    @EACH_BACKEND
+    @EACH_EXACT_BACKEND
     def test_fake_tensors_tell_shape_dtype_and_layout(self, backend):
         leaves, _ = leaves_and_tangents()
         real = ck.gpsa_attention(*leaves, grid_size=(2, 3), backend=backend)
@@ -342,7 +345,7 @@ class TestUnusualTensors:
 class TestScale:
     SHAPES = pytest.mark.parametrize("shape", [(), (1,), (2, 1, 1), (1, 2, 1, 1), (3, 1, 1, 1), (6, 1), (3, 2, 6, 1)])
 
-    @EACH_BACKEND
+    @EACH_EXACT_BACKEND
     @SHAPES
     def test_a_tensor_multiplies_the_logits_and_gets_its_gradient(self, backend, shape):
         inputs = make_inputs(3, 2, (2, 3), 4, torch.float64)

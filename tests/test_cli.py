@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import convit_kernels as ck
 from convit_kernels import attention, extras
 from convit_kernels.bench import profile
+from convit_kernels.bench import selfcheck as checks
 from convit_kernels.cli import app, demo, info, selfcheck
 from convit_kernels.cli.output import whole
 
@@ -273,7 +274,7 @@ class TestDevice:
 class TestSelfcheck:
     @pytest.fixture
     def few(self, monkeypatch):
-        cases = [selfcheck.Case(torch.float32, (3, 5), 16), selfcheck.Case(torch.bfloat16, (3, 5), 16)]
+        cases = [checks.Case(torch.float32, (3, 5), 16), checks.Case(torch.bfloat16, (3, 5), 16)]
         monkeypatch.setattr(selfcheck, "cases", lambda device, interpreted: cases)
 
     def test_a_right_backend_passes_and_writes_json(self, few, tmp_path):
@@ -286,8 +287,8 @@ class TestSelfcheck:
         assert set(row["shares"]) == {"out", "dq", "dk", "dv", "d_pos_weight", "d_gate"}
 
     def test_a_wrong_one_fails(self, few, monkeypatch):
-        right = selfcheck.gpsa_attention
-        monkeypatch.setattr(selfcheck, "gpsa_attention", lambda *args, **kwargs: right(*args, **kwargs) * 1.02)
+        right = checks.gpsa_attention
+        monkeypatch.setattr(checks, "gpsa_attention", lambda *args, **kwargs: right(*args, **kwargs) * 1.02)
         result = run("selfcheck", "--backend", "composite", "--device", "cpu")
         assert result.exit_code == 1
         assert "FAIL" in result.output
@@ -296,7 +297,7 @@ class TestSelfcheck:
         def broken(*args, **kwargs):
             raise RuntimeError("no such kernel")
 
-        monkeypatch.setattr(selfcheck, "gpsa_attention", broken)
+        monkeypatch.setattr(checks, "gpsa_attention", broken)
         result = run("selfcheck", "--backend", "composite", "--device", "cpu")
         assert result.exit_code == 1
         assert "float32 3x5 D=16: RuntimeError: no such kernel\n" in result.output

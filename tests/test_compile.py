@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import convit_kernels as ck
 from convit_kernels import models
 
+pytestmark = pytest.mark.usefixtures("on_device")
 SMALL = {"patch_size": 8, "depth": 2, "num_heads": 4, "local_up_to_layer": 1, "num_classes": 5}
 
 
@@ -50,9 +51,9 @@ def images(*sizes: tuple[int, int, int]) -> list[tuple[Tensor]]:
 
 @EACH_BACKEND
 @pytest.mark.parametrize("square", [True, False])
-def test_gpsa_attention(backend, square):
-    if backend == "triton":
-        pytest.skip("needs CUDA tensors: tests of a GPU have it")
+def test_gpsa_attention(backend, square, device):
+    if backend == "triton" and device.type == "cpu":
+        pytest.skip("needs CUDA tensors: with --device cuda it has them")
 
     def call(q, k, v, pos_weight, gate, grid):
         return ck.gpsa_attention(q, k, v, pos_weight, gate, grid_size=None if square else grid, backend=backend)

@@ -12,6 +12,8 @@ from torch.autograd import forward_ad
 
 import convit_kernels as ck
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 
 @pytest.fixture
 def models() -> tuple[nn.Module, nn.Module]:

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from backends import AVAILABLE, EACH_BACKEND
+from backends import AVAILABLE, EACH_BACKEND, EACH_EXACT_BACKEND
 from equivalence import assert_as_exact, sliced
 from torch import Tensor
 
 import convit_kernels as ck
 from convit_kernels.equivalence import eager_attention, expected, with_gradients
 
+pytestmark = pytest.mark.usefixtures("on_device")
 GENERAL = pytest.mark.parametrize("backend", [None, "composite", "reference"])
 KERNELS = pytest.mark.parametrize("backend", [name for name in ("cpu", "triton") if name in AVAILABLE])
 
@@ -131,7 +132,7 @@ class TestKeyMask:
     def test_in_space(self, backend):
         check(backend, (2, 3, 2), key_mask=torch.rand(2, 12) < 0.7)
 
-    @EACH_BACKEND
+    @EACH_EXACT_BACKEND
     def test_of_ones_changes_nothing_but_rounding(self, backend):
         *inputs, _ = inputs_for((3, 4), torch.float64)
         masked, plain = (
@@ -162,6 +163,7 @@ class TestKeyMask:
         torch.testing.assert_close(out, map_ @ v)
         assert (map_ == 0).sum() > 2 * 3 * 12 * (~mask).sum() / 2
 
+    @pytest.mark.on_cpu
     @pytest.mark.parametrize(
         "key_mask, error, text",
         [

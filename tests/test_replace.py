@@ -20,6 +20,7 @@ import convit_kernels as ck
 from convit_kernels import locality
 from convit_kernels.equivalence import expected
 
+pytestmark = pytest.mark.usefixtures("on_device")
 EACH_LAYER = pytest.mark.parametrize("kind", LAYERS)
 
 
@@ -331,12 +332,11 @@ class TestForks:
         replaced = ck.GPSA.from_module(layer, backend=backend)
         assert list(replaced.state_dict()) == list(layer.state_dict())
         assert replaced.scale is layer.scale
-        expected, found = (
-            gradients(each, torch.randn(2, 16, 32, generator=torch.Generator())) for each in (layer, replaced)
-        )
+        x = torch.randn(2, 16, 32)
+        expected, found = (gradients(each, x) for each in (layer, replaced))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         model = nn.Sequential(replaced)
-        (map_,) = locality.attention_maps(model, x := torch.randn(2, 16, 32), (1, 2)).values()
+        (map_,) = locality.attention_maps(model, x, (1, 2)).values()
         torch.testing.assert_close(map_.flatten(2), layer.eval().get_attention(x)[:, :, 6], rtol=1e-4, atol=1e-5)
         distance = torch.einsum("bhnm,nm->h", layer.get_attention(x), layer.rel_indices[0, :, :, 2].sqrt()) / 32
         torch.testing.assert_close(

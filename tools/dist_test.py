@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 DIST = ROOT / "dist"
 FOLDER = ROOT / "build" / "dist-test"
 SDIST = "sdist"  # not an environment: the sdist is built and its tests are collected
-HELPERS = ("hypothesis", "numpy<2.4", "pytest")  # with a newer NumPy the interpreter of Triton 3.6 fails
+HELPERS = ("numpy<2.4", "pytest")  # with a newer NumPy the interpreter of Triton 3.6 fails
 
 
 class Run(NamedTuple):

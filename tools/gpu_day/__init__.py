@@ -1,0 +1,1 @@
+"""Ten minutes on a GPU: `tools/gpu_day.sh`."""
