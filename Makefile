@@ -123,7 +123,8 @@ sanitize: $(VENV)/built
 	$(call copy_sources,$(SANITIZED))
 	cd $(SANITIZED) && CONVIT_KERNELS_EMULATE=1 CONVIT_KERNELS_CPU=1 CONVIT_KERNELS_CUDA=0 CXXFLAGS="$(SANITIZERS)" \
 		LDFLAGS="$(SANITIZERS)" $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
-	cd $(SANITIZED) && $(UNDER_ASAN) $(abspath $(BIN))/python -m pytest $(abspath tests)/test_cpu_attention.py $(abspath tests)/test_relpos.py \
+	cd $(SANITIZED) && $(UNDER_ASAN) $(abspath $(BIN))/python -m pytest \
+		$(abspath tests)/test_cpu_attention.py $(abspath tests)/test_relpos.py \
 		-k "not compile and not inductor and not average and not any_grid and not larger_blocks and not among_many and \
 		not same_bits and not several_chunks and (not emulated and not chunked or \
 		amx_bf16_emulated and bfloat16 and (grids or head_dims or any_length))" $(ARGS)
