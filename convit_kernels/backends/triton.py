@@ -89,6 +89,8 @@ def why_not(inputs: Inputs | None) -> str:
         return reason
     if q.shape[2] > MAX_TOKENS:
         return f"a grid has at most {MAX_TOKENS} tokens, not {q.shape[2]}"
+    if q.shape[1] > configs.MAX_HEADS:
+        return f"there are at most {configs.MAX_HEADS} heads, not {q.shape[1]}"
     if inputs.dropout_p > 0 and inputs.key_mask is not None:
         return "with a key mask the mixed map, on which dropout acts, is never normalised"
     return ops.why_not_attend(inputs)

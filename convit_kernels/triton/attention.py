@@ -10,6 +10,7 @@ from torch import Tensor
 from .._ops import ops
 from .backward import backward
 from .common import padded
+from .configs import MAX_HEADS
 from .forward import forward
 
 # The part of the L2 cache that the dense table may take: beyond it the factors are read instead.
@@ -78,7 +79,15 @@ def forward_with_tables(
         out (B, H, N, D) in q's dtype, a view of a contiguous (B, N, H, D) tensor, and what the backward needs: lse
         (B, H, N) in float32 and the content's own part C V, like out. Both are None without need_grad. Then the three
         of `position_tables`, which the backward need not make again.
+
+    Raises:
+        RuntimeError: there are more heads than a GPU takes, as torch.func.vmap can make of samples.
     """
+    if q.shape[1] > MAX_HEADS:
+        raise RuntimeError(
+            f"the Triton kernels take at most {MAX_HEADS} heads, not {q.shape[1]}: under torch.func.vmap, where each "
+            "sample has heads of its own, give vmap a chunk_size"
+        )
     if q.numel() == 0:
         out = torch.empty_like(q)
         return out, q.new_empty(q.shape[:3] if need_grad else 0, dtype=torch.float32), out.clone(), None, None, None

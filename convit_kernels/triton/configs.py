@@ -37,6 +37,9 @@ PASSES = ("forward", "backward_q", "backward_kv", "backward_position")
 # The files whose code a measured configuration was measured with.
 KERNEL_SOURCES = ("common.py", "forward.py", "backward.py")
 
+# Programs that a GPU takes along the second axis of a grid, of which each kernel has one for each head.
+MAX_HEADS = 65_535
+
 # The answer for a head_dim is that of the first bucket that holds it.
 HEAD_DIM_BUCKETS = (16, 32, 48, 64, 80, 96, 128, 192, 256)
 

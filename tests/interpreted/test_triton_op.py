@@ -197,15 +197,23 @@ def test_the_layer_uses_it():
         ((1, 1, 4, 300), torch.float32, "head_dim is at most 256, not 300"),
         ((1, 1, 4, 8), torch.float64, "not torch.float64"),
         ((1, 1, 257 * 257, 1), torch.float32, "at most 65536 tokens"),
+        ((1, 65536, 1, 1), torch.float32, "at most 65535 heads"),
     ],
 )
 def test_what_it_cannot_take_says_so_and_auto_goes_elsewhere(shape, dtype, text):
     q = torch.randn(shape, dtype=dtype)
-    weights = torch.randn(1, 3, dtype=dtype), torch.randn(1, dtype=dtype)
+    weights = torch.randn(shape[1], 3, dtype=dtype), torch.randn(shape[1], dtype=dtype)
     with pytest.raises(RuntimeError, match=text):
         ck.gpsa_attention(q, q, q, *weights, backend="triton")
     if shape[2] < 100:
         assert torch.isfinite(ck.gpsa_attention(q, q, q, *weights)).all()
+
+
+def test_more_samples_under_vmap_than_a_gpu_takes_heads():
+    q = torch.randn(32768, 1, 2, 1, 1)
+    attend = torch.vmap(lambda q: ck.gpsa_attention(q, q, q, torch.zeros(2, 3), torch.zeros(2), backend="triton"))
+    with pytest.raises(RuntimeError, match=r"at most 65535 heads, not 65536.*chunk_size"):
+        attend(q)
 
 
 @pytest.fixture
