@@ -14,13 +14,14 @@ import torch
 
 import convit_kernels as ck
 from convit_kernels.attention import why_not as why_not_backend
-from convit_kernels.bench import measure
+from convit_kernels.bench import implementations, measure
 from convit_kernels.bench.accuracy import WrongResultsError, judge, require_right
 from convit_kernels.bench.compare import speed_ups
 from convit_kernels.bench.implementations import (
     ARCHITECTURES,
     COMPILED,
     EAGER,
+    GRAPH,
     PARTS,
     SDPA,
     CannotRunError,
@@ -388,6 +389,20 @@ class TestTasks:
         available = [backend.name for backend in ck.backends() if backend.available]
         assert implementation_names(Task("layer", "convit_tiny", 1)) == [EAGER, COMPILED, *available]
         assert implementation_names(Task("attention", "convit_tiny", 1)) == [EAGER, COMPILED, SDPA, *available]
+        assert implementation_names(Task("layer", "convit_tiny", 1, device="cuda"))[-1] == GRAPH
+
+    @pytest.mark.parametrize("part", ["attention", "layer", "model"])
+    def test_a_cuda_graph_is_recorded_of_ours(self, part, monkeypatch):
+        task = Task(part, "convit_tiny", 1, side=4, backward=True)
+        with pytest.raises(CannotRunError, match="CUDA graphs are of GPUs"):
+            build(task, GRAPH)
+        recorded = []
+        monkeypatch.setattr(implementations, "why_not", lambda *_: "")
+        monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda *what: recorded.append(what) or what[0])
+        results = [build(task, name).results() for name in (GRAPH, "auto")]
+        assert len(recorded) == 1
+        assert recorded[0][0](*recorded[0][1]).shape == results[0][0].shape
+        torch.testing.assert_close(*results)
 
     def test_implementations_get_the_same_values(self):
         task = Task("layer", "convit_tiny", 1, side=4)

@@ -43,7 +43,14 @@ PARTS = {"attention": "attention", "layer": "GPSA layer", "model": "whole model"
 MODES = {False: "forward", True: "forward + backward"}  # by Task.backward
 
 EAGER, COMPILED, SDPA = "eager", "compile", "sdpa"  # what is not ours
-LABELS = {EAGER: "timm, eager", COMPILED: "timm, torch.compile", SDPA: "SDPA, content only", "auto": "ours, automatic"}
+GRAPH = "graph"  # ours, automatic, recorded once as a CUDA graph and replayed: without the host's time
+LABELS = {
+    EAGER: "timm, eager",
+    COMPILED: "timm, torch.compile",
+    SDPA: "SDPA, content only",
+    "auto": "ours, automatic",
+    GRAPH: "ours, CUDA graph",
+}
 
 
 def architecture(model: str) -> Architecture:
@@ -173,9 +180,10 @@ def convit(model: str, image_size: int = 224) -> nn.Module:
 
 
 def implementation_names(task: Task) -> list[str]:
-    """The implementations of a task, eager first, our available backends last."""
+    """The implementations of a task, eager first, our available backends last, on a GPU a CUDA graph after them."""
     ours = [backend.name for backend in backends() if backend.available]
-    return [EAGER, COMPILED, *([SDPA] if task.part == "attention" else []), *ours]
+    graph = [GRAPH] if task.device.startswith("cuda") else []
+    return [EAGER, COMPILED, *([SDPA] if task.part == "attention" else []), *ours, *graph]
 
 
 def is_ours(name: str) -> bool:
@@ -189,7 +197,7 @@ def label(name: str) -> str:
 
 def place(name: str) -> int:
     """Where an implementation stands in tables and figures: eager first, what has no fixed place after the rest."""
-    order = [EAGER, COMPILED, SDPA, "auto", *(backend.name for backend in backends())]
+    order = [EAGER, COMPILED, SDPA, GRAPH, "auto", *(backend.name for backend in backends())]
     return order.index(name) if name in order else len(order)
 
 
@@ -206,6 +214,8 @@ def why_not(task: Task, name: str) -> str:
         return _why_not_compiled(task.device)
     if name == SDPA:
         return "" if task.part == "attention" else "SDPA alone is a part of a layer, without position"
+    if name == GRAPH:
+        return "" if on_gpu else "CUDA graphs are of GPUs"
     try:
         check_backend(None if name == "auto" else name)
     except RuntimeError:
@@ -229,7 +239,7 @@ def build(task: Task, name: str, exact: bool = False) -> Implementation:
     """
     if reason := why_not(task, name):
         raise CannotRunError(reason)
-    backend = None if name == "auto" else name
+    backend = None if name in ("auto", GRAPH) else name
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(0)
     try:
@@ -274,10 +284,12 @@ def _attention(task: Task, name: str, backend: str | None, exact: bool) -> Imple
     if name == SDPA:
         return Implementation(lambda: F.scaled_dot_product_attention(q, k, v, scale=scale), leaves, d_out)
 
-    def ours() -> Tensor:
-        return gpsa_attention(q, k, v, pos_weight, gate, grid_size=task.side, scale=scale, backend=backend)
+    def ours(*tensors: Tensor) -> Tensor:
+        return gpsa_attention(*tensors, grid_size=task.side, scale=scale, backend=backend)
 
-    return Implementation(ours, leaves, d_out)
+    inputs = q, k, v, pos_weight, gate
+    function = _graphed(ours, inputs) if name == GRAPH else ours
+    return Implementation(lambda: function(*inputs), leaves, d_out)
 
 
 def _module(task: Task, name: str, backend: str | None, exact: bool) -> Implementation:
@@ -310,6 +322,8 @@ def _module(task: Task, name: str, backend: str | None, exact: bool) -> Implemen
         replace_gpsa(module, backend=backend)  # the parameters stay the same objects
     elif name != EAGER:
         module = GPSA.from_module(module, backend=backend)
+    if name == GRAPH:
+        module = _graphed(module, (x,))
     return Implementation(lambda: module(x), leaves, d_out, module)
 
 
@@ -321,6 +335,11 @@ def _why_not_compiled(device: str) -> str:
     except Exception as error:  # a missing compiler shows in many ways
         return f"torch.compile does not work here: {str(error).splitlines()[0]}"
     return ""
+
+
+def _graphed(function: Any, inputs: tuple[Tensor, ...]) -> Any:
+    """A function or module as CUDA graphs of its forward pass and, where something needs a gradient, its backward."""
+    return torch.cuda.make_graphed_callables(function, inputs)
 
 
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
