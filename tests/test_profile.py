@@ -281,7 +281,8 @@ class TestCommand:
             assert word in result.output
         content = json.loads((tmp_path / "p.json").read_text())
         eager, ours = content["implementations"]
-        assert ours["phases"]["position"]["calls"] > 0
+        assert eager["phases"]["position"]["calls"] > 0
+        assert ours["phases"]["attention"]["calls"] > 0
         assert len(eager["seconds"]) == 1
         assert spread(eager["seconds"]).p50 > 0
         assert "<html" in (tmp_path / "p.html").read_text()

@@ -26,7 +26,7 @@ from convit_kernels.bench.results import NotMeasured, Row, load
 from convit_kernels.cli import app, demo
 
 ROOT = Path(__file__).parent.parent
-OTHERS = ("-models", "-units")  # files of another kind
+OTHERS = ("-models", "-units", "-host")  # files of another kind
 COMMITTED = [path for path in sorted(ROOT.glob("benchmarks/results/*.json")) if not path.stem.endswith(OTHERS)]
 
 
