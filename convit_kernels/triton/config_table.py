@@ -107,7 +107,7 @@ TABLE: dict[str, str] = {
     "sm_120/backward_kv/dense/4": "32x64x8x2 32x64x8x2 32x64x8x2 32x32x8x2 16x64x8x2 16x16x8x2 16x64x8x2 16x32x8x2 16x16x8x2",
     "sm_120/backward_kv/factored/2": "32x64x4x2 32x128x8x2 32x128x8x2 32x128x8x2 16x32x4x2 16x16x4x2 32x64x8x2 32x32x8x2 32x32x8x2",
     "sm_120/backward_kv/factored/4": "32x64x8x2 32x64x8x2 32x64x8x2 32x32x8x2 16x64x8x2 16x16x4x2 16x32x8x2 16x32x8x2 16x16x8x2",
-    "sm_120/backward_position/dense/2": "64x64x4x2 64x64x4x2 64x32x4x2 64x64x4x2 64x64x4x2 64x64x4x2 64x64x4x2 128x64x8x2 64x32x4x2",
+    "sm_120/backward_position/dense/2": "64x64x4x2 64x64x4x2 64x64x4x3 64x64x4x2 64x64x4x2 64x64x4x2 64x64x4x2 128x64x8x2 64x32x4x2",
     "sm_120/backward_position/dense/4": "64x64x8x2 32x32x8x2 64x64x8x2 32x32x4x2 32x32x8x2 64x32x8x2 64x32x8x2 16x16x8x2 16x16x4x2",
     "gfx1200/forward/dense/2": "128x32x8x2 128x32x8x2 128x32x8x2 128x32x8x2",
     "gfx1200/forward/factored/2": "64x32x4x2 64x32x4x2 64x32x4x2 64x32x4x2",

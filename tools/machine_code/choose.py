@@ -3,8 +3,8 @@
 It wrote `convit_kernels/triton/config_table.py`. A candidate is refused when it spills, does not fit the device or
 leaves an SM fewer than eight warps of 32 lanes; of `convit_kernels.triton.candidates` the first that is not refused is
 chosen. The order comes from the model of time (`cost`) at head_dims 16, 48, 128 and 256 on sm_80 and sm_90. The number
-of stages is always two, for counts cannot tell what overlapping the loads is worth. All this is a choice among tiles,
-no prediction of time.
+of stages is two, for counts cannot tell what overlapping the loads is worth, but in a few rows written by hand, where
+two do not fit or spill. All this is a choice among tiles, no prediction of time.
 
     python -m tools.machine_code.choose --devices sm_90             what is chosen, and where every candidate is refused
     python -m tools.machine_code.choose --devices sm_90 --write     ... into config_table.py
