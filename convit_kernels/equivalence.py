@@ -15,7 +15,8 @@ that rounding can move it:
   All n terms count: libraries add long sums up in blocks, but not always;
 - for the gradients of a layer norm's weight and bias on the CPU, sums over all rows: added up one row after another in
   the dtype itself, as PyTorch does there. In half precision many terms of one sign are lost, which is no random error;
-- u (|dP| + sum P |dP|) P for a softmax's gradient P (dP - sum P dP), whose two parts a fused backward finds apart;
+- (e + sum P e) P for a softmax's gradient P (dP - sum P dP), where e is u |dP| and, if dP is a product, what adding it up
+  may do: a fused backward finds the two parts apart, so that they share no error that would cancel;
 - for the softmax P of content, in one direction for a row, w |lse| P and what those sums do to its logits, where a
   backward finds P anew, from logits that it adds up once more and the log-sum-exp of the forward's: PyTorch's fused
   attention does. The kernels of this package do not need it (`recomputed=False`), and their tests do without.
@@ -208,7 +209,7 @@ class _Rounding(TorchDispatchMode):
         self._recomputed = recomputed
         self._seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
-        # what adding up has done to products, and to their views and multiples: to a softmax's logits
+        # what adding up has done to products, and to their views and multiples: to a softmax's logits, to its gradient
         self._of_products: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
 
     def __torch_dispatch__(
@@ -226,7 +227,7 @@ class _Rounding(TorchDispatchMode):
         if name in _PRODUCTS:
             terms = args[1][0].numel() if name == "convolution" else args[-1].shape[-2]
             size = self._added_up(result, func(*tree_map_only(Tensor, torch.square, args), **kwargs), terms)
-            if name == "bmm" and self._recomputed:  # a query by a key: logits of content, not of position
+            if name == "bmm":  # a query by a key: logits of content, not of position
                 self._of_products[result] = size
         elif name == "sum" and result.numel():
             squares = func(args[0].square(), *args[1:], **kwargs)
@@ -238,13 +239,14 @@ class _Rounding(TorchDispatchMode):
                     total.copy_(self._in_turn(terms.reshape(-1, *shape)))
         elif name == "mul" and carried is not None:
             self._of_products[result] = carried * args[1]
-        elif name == "_softmax" and carried is not None:
+        elif name == "_softmax" and carried is not None and self._recomputed:
             lse = torch.logsumexp(args[0], args[1], keepdim=True)
             row = self._accumulate * lse.abs() + (result * carried.abs()).sum(args[1], keepdim=True)
             result.mul_(1 + row * self._directions(row))
         elif name == "_softmax_backward_data":
-            grad, p, dim = args[0].abs(), *args[1:3]
-            size = self._store * p * (grad + (p * grad).sum(dim, keepdim=True))
+            p, dim = args[1:3]
+            apart = self._store * args[0].abs() + (0.0 if carried is None else carried)
+            size = p * (apart + (p * apart).sum(dim, keepdim=True))
         for value in tree_leaves(result):
             if isinstance(value, Tensor) and value.dtype == torch.float64:
                 value.add_((value.abs() * self._store + self._smallest + size) * self._directions(value))

@@ -123,3 +123,18 @@ def test_what_one_token_leaves_is_rounding_and_allowed():
     terms = (inputs.grad * inputs.v).abs().sum(-1).max().item() * inputs.k.abs().max().item()
     assert rule["dq"].exact.abs().max() < 1e-12
     assert 1e-8 * terms < rule["dq"].allowed < 1e-5 * terms
+
+
+@pytest.mark.equivalence
+def test_two_sums_that_cancel_may_be_added_up_in_two_orders():
+    """A fused backward finds dP and sum P dP apart: over one key they are equal but for rounding."""
+    inputs = make_inputs(3, 2, (1, 1), 16)
+    rule = expected_attention(*inputs, (1, 1), recomputed=False)
+    products, share = inputs.grad * inputs.v, 1 - torch.sigmoid(inputs.gate[:, None, None])
+    for seed in range(20):
+        order = torch.randperm(16, generator=torch.Generator().manual_seed(seed))
+        one, other = torch.zeros(2, 3, 2, 1, 1)
+        for channel in range(16):
+            one = one + products[..., channel, None]
+            other = other + products[..., order[channel], None]
+        assert rule["dq"].share((one - other) * share * inputs.k / 4) <= 1
