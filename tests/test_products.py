@@ -37,8 +37,7 @@ PRODUCTS += [(unit, dtype) for unit in UNITS if "bf16" not in unit for dtype in 
 ALIGNED = 16  # a panel of queries begins at whole vectors
 
 
-def compiled(unit: str, folder: Path) -> ctypes.CDLL:
-    source, flags = kernel_units.flags_of(unit)
+def compiled(unit: str, source: Path, flags: list[str], folder: Path) -> ctypes.CDLL:
     flags = [*flags, *kernel_units.definitions(source)]
     if "bf16" in unit:
         flags.append("-DCONVIT_TILES" if "amx" in unit else "-DCONVIT_PAIRS")
@@ -54,7 +53,8 @@ def compiled(unit: str, folder: Path) -> ctypes.CDLL:
 def libraries(tmp_path_factory) -> Iterator[dict[str, "Future[ctypes.CDLL]"]]:
     folder = tmp_path_factory.mktemp("units")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {unit: pool.submit(compiled, unit, folder) for unit in UNITS}
+        # the flags are read here: Python's parser does not stand several threads
+        yield {unit: pool.submit(compiled, unit, *kernel_units.flags_of(unit), folder) for unit in UNITS}
 
 
 class Products:
