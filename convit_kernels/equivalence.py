@@ -15,8 +15,8 @@ that rounding can move it:
   All n terms count: libraries add long sums up in blocks, but not always;
 - for the gradients of a layer norm's weight and bias on the CPU, sums over all rows: added up one row after another in
   the dtype itself, as PyTorch does there. In half precision many terms of one sign are lost, which is no random error;
-- (e + sum P e) P for a softmax's gradient P (dP - sum P dP), where e is u |dP| and, if dP is a product, what adding it up
-  may do: a fused backward finds the two parts apart, so that they share no error that would cancel;
+- (e + sum P e) P for a softmax's gradient P (dP - sum P dP), where e is u |dP| and, if dP is a product, what adding it
+  up may do: a fused backward finds the two parts apart, so that they share no error that would cancel;
 - for the softmax P of content, in one direction for a row, w |lse| P and what those sums do to its logits, where a
   backward finds P anew, from logits that it adds up once more and the log-sum-exp of the forward's: PyTorch's fused
   attention does. The kernels of this package do not need it (`recomputed=False`), and their tests do without.

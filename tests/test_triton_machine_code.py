@@ -145,7 +145,6 @@ def test_nvidia_disassembly_becomes_blocks() -> None:
     assert opcodes["HMMA.16816.F32.BF16"] == 5 and opcodes["FADD"] == 5 and opcodes["BRA.U"] == 5
     assert opcodes["MUFU.EX2"] == 1 and opcodes["STG.E.128"] == 1 and opcodes["EXIT"] == 2
     assert counts.macs_per_warp(opcodes) == 5 * 16 * 8 * 16
-    assert counts.requested_bytes(opcodes) == 32 * 16
     assert counts.mix(opcodes) == {"matrix": 5, "special": 1, "memory": 1, "float": 5, "rest": 10}
     with pytest.raises(ValueError, match="no code of other"):
         nvidia_blocks(SASS, "other")
@@ -462,16 +461,16 @@ def row(**changes: Any) -> budget.Row:
         occupancy=16,
         instructions={"matrix": 0, "special": 0, "memory": 0, "float": 0, "rest": 0, **changes.pop("instructions", {})},
         macs=changes.pop("macs", 0),
-        requested=changes.pop("requested", 0),
     )
-    return budget.Row(tile=(64, 64), programs=132, report=of_kernel, tensor_bytes=changes.pop("tensor_bytes", 0))
+    memory = {"tensor_bytes": 0, "requested_bytes": 0} | changes
+    return budget.Row(tile=(64, 64), programs=132, report=of_kernel, **memory)
 
 
 @pytest.mark.parametrize(
     ("changes", "unit", "seconds"),
     [
         ({"tensor_bytes": 3350}, "HBM", 1e-9),
-        ({"requested": 5500}, "L2", 132 * 4e-9),
+        ({"requested_bytes": 5500}, "L2", 1e-9),
         ({"macs": 2048}, "tensor", 4 / 1.83e9),
         ({"instructions": {"special": 1}}, "exp", 8 / 1.83e9),
         ({"instructions": {"rest": 5}}, "issue", 5 / 1.83e9),

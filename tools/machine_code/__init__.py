@@ -3,7 +3,8 @@
 A launch is recorded from the very launcher that runs on a GPU (`compiled.recorded_launches`), compiled for a device
 that need not be there (`compiled.compile_launch`), disassembled with the tools of Triton's wheel (`disassembly`) and
 read (`report.read`): registers, spills, shared memory, occupancy, and the number of instructions that one warp issues
-in one program (`counts`). Three commands use it, from the root of a checkout:
+in one program (`counts`). `traffic` has what its programs read and write. Three commands use all this, from the root of
+a checkout:
 
     python -m tools.machine_code.budget        what each kernel may use, held to budget.json
     python -m tools.machine_code.choose        launch configurations, chosen by compiling candidates

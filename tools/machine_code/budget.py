@@ -43,6 +43,7 @@ from .baseline import content_backward, content_forward
 from .compiled import DEVICES, Launch, compile_launch, recorded_launches
 from .counts import Loop
 from .report import Report, read
+from .traffic import requested_bytes
 
 FILE = Path(__file__).with_name("budget.json")
 
@@ -86,6 +87,7 @@ class Row:
     programs: int
     report: Report
     tensor_bytes: int  # of the tensors that it reads and writes, each once
+    requested_bytes: int  # see `traffic`
 
     @property
     def warp_instructions(self) -> int:
@@ -204,6 +206,7 @@ def measure(
                 programs=math.prod(launch.grid),
                 report=report,
                 tensor_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+                requested_bytes=requested_bytes(launch),
             )
         )
     return rows

@@ -222,14 +222,3 @@ def mix(opcodes: Mapping[str, int]) -> dict[str, int]:
     for opcode, number in opcodes.items():
         total[next(kind for kind, prefixes in kinds.items() if opcode.startswith(prefixes))] += number
     return total
-
-
-def requested_bytes(opcodes: Mapping[str, int]) -> int:
-    """Bytes of global memory that one warp's loads and stores name: every lane's, even if masked or in the L1 cache."""
-    total = 0
-    for opcode, number in opcodes.items():
-        base, *modifiers = opcode.split(".")
-        if base in ("LDG", "LDGSTS", "STG"):
-            widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
-            total += number * 32 * next((widths[modifier] for modifier in modifiers if modifier in widths), 4)
-    return total

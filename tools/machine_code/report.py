@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .compiled import DEVICES
-from .counts import Loop, is_elected, issued, macs_per_warp, mix, requested_bytes
+from .counts import Loop, is_elected, issued, macs_per_warp, mix
 from .disassembly import nvidia_blocks, run_tool
 
 
@@ -28,7 +28,6 @@ class Report:
     occupancy: int  # warps an SM (a CU)
     instructions: dict[str, int] | None = None  # see `counts.mix`; None where they were not counted
     macs: int | None = None  # matrix multiply-accumulates of one warp, see `counts.macs_per_warp`
-    requested: int | None = None  # see `counts.requested_bytes`
     others: int | None = None  # instructions of each further warp, where one issues the matrix products for all
 
     @property
@@ -103,6 +102,5 @@ def read(compiled: Any, device: str, trips: Callable[[Loop], int] | None = None)
         occupancy=occupancy(device, warps=warps, registers=registers, shared=shared, tensor_memory=tensor_memory),
         instructions=None if opcodes is None else mix(opcodes),
         macs=None if opcodes is None else macs_per_warp(opcodes),
-        requested=None if opcodes is None else requested_bytes(opcodes),
         others=others,
     )

@@ -6,7 +6,7 @@ the model has no latency, no bank conflicts, no bandwidth of shared memory, no l
 that leaves cores idle, and no clock that falls under load.
 
     HBM      the tensors that a kernel names, each once
-    L2       what its loads and stores name, masked lanes and L1 hits included: an upper limit of the traffic
+    L2       what its programs load and store, as if the L1 cache kept nothing but the factors of position (`traffic`)
     tensor   the matrix products, padding of the tiles included
     exp      the special functions (exp2, log2, reciprocals)
     fp32     additions, multiplications and fused ones
@@ -89,7 +89,7 @@ def model(gpu: Gpu, row: budget.Row, dtype: str, *, checked: bool = True) -> dic
     clocks = gpu.sms * gpu.clock
     return {
         "HBM": row.tensor_bytes / gpu.hbm,
-        "L2": warps * (report.requested or 0) / gpu.l2,
+        "L2": row.requested_bytes / gpu.l2,
         "tensor": warps * (report.macs or 0) / gpu.macs[dtype] / clocks,
         "exp": warps * 32 * report.instructions["special"] / gpu.special / clocks,
         "fp32": warps * 32 * report.instructions["float"] / gpu.fp32 / clocks,
