@@ -21,12 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
-from turns import content, file_to_write, positive
 
 from convit_kernels import gpsa_attention, ops
 from convit_kernels.bench.implementations import EAGER, Task, build, label
-from convit_kernels.cli.output import console, write_json
 from convit_kernels.schemas import NAMESPACE
 
 OURS = "triton"
@@ -111,6 +108,12 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def main() -> None:
+    # not everyone who measures has the command line's packages
+    from rich.table import Table
+    from turns import content, file_to_write, positive
+
+    from convit_kernels.cli.output import console, write_json
+
     options_of = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     options_of.add_argument("--out", type=file_to_write, help="write what was measured here, in JSON")
     options_of.add_argument("--rounds", type=positive(int), default=40, help="samples of each (default: 40)")

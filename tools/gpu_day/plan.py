@@ -10,7 +10,6 @@ import os
 import statistics
 import sys
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +63,7 @@ def plan(device: str, out: Path, here: Mapping[str, Any]) -> Iterator[Group]:
 
     yield Group([_benchmarks("benchmarks-bfloat16", device, out, 130)])
     yield Group([_benchmarks("benchmarks-batch-8", device, out, 40)])
-    if host_time := _host_time(out):
-        yield Group([host_time])
+    yield Group([_ours("host_time", device, out, 60)])
     yield Group([_ours("profile", device, out, 60)])
     yield Group([_ours("tune", device, out, 90)._replace(environment=interpreted | cache)])
     yield Group([_benchmarks("benchmarks-float32", device, out, 60)])
@@ -106,12 +104,6 @@ def _benchmarks(name: str, device: str, out: Path, limit: float) -> Step:
     command += ["--implementations", "eager,sdpa,composite,triton", "--minutes", f"{(limit - 20) / 60:.2f}"]
     command += ["--row-seconds", "0.2", "--rows", str(_found(out, name))]
     return Step(name, [*command, "--benchmark-json", str(out / f"{name}.json")], limit)
-
-
-def _host_time(out: Path) -> Step | None:
-    if not (Path("benchmarks/host_time.py").exists() and find_spec("rich") and find_spec("typer")):
-        return None
-    return Step("host_time", [sys.executable, "benchmarks/host_time.py", "--out", str(_found(out, "host_time"))], 60)
 
 
 # ---- the summary -----------------------------------------------------------------------------------------------------

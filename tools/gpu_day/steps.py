@@ -7,6 +7,7 @@ soon as it is there, so that a step that is cut keeps what it has found.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import platform
 import shutil
@@ -96,7 +97,16 @@ def profile(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield run(work, ["eager", "auto"], rounds=5).to_json()
 
 
-STEPS = {step.__name__: step for step in (machine, selfcheck, tune, profile)}
+def host_time(_: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What a call of the attention takes of the processor, beside eager timm's."""
+    sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+    benchmark = importlib.import_module("host_time")
+    torch.set_num_threads(1)
+    with benchmark.launch_to_stub():
+        yield {"rows": benchmark.measure(rounds=40)}
+
+
+STEPS = {step.__name__: step for step in (machine, selfcheck, tune, profile, host_time)}
 
 
 def main() -> None:
