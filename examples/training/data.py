@@ -313,7 +313,7 @@ def read_idx(path: Path) -> Tensor:
     return torch.frombuffer(bytearray(content[header:]), dtype=torch.uint8).reshape(shape)
 
 
-def _idx_split(path: Path, split: str) -> tuple[Tensor, Tensor]:
+def read_split(path: Path, split: str) -> tuple[Tensor, Tensor]:
     names = IDX_FILES[split]
     for name in names:
         if not (path / name).is_file():
@@ -345,7 +345,7 @@ def load(path: Path, img_size: int, workers: int, augmentation: Augmentation) ->
 
 def _load_idx(path: Path, augmentation: Augmentation) -> Data:
     """Fashion-MNIST, or anything in its format, wholly in memory."""
-    (images, labels), (test_images, test_labels) = (_idx_split(path, split) for split in ("train", "test"))
+    (images, labels), (test_images, test_labels) = (read_split(path, split) for split in ("train", "test"))
     if images.shape[1:] != test_images.shape[1:]:
         raise ValueError(
             f"{path}: training images have shape {tuple(images.shape[2:])}, test images {tuple(test_images.shape[2:])}"
