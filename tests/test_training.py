@@ -45,6 +45,19 @@ class TestTraining:
         found = train(dataclasses.replace(options, epochs=12), show_progress=False)
         assert found["test_accuracy"] > 0.8
 
+    def test_a_cnn_learns_in_a_convit_s_place(self, options: Options) -> None:
+        options = dataclasses.replace(options, epochs=12, cnn=True)
+        found = train(options, show_progress=False)
+        assert found["test_accuracy"] > 0.8
+        assert not any(name.startswith("nonlocality") for name in rows(options.output, files.EVALUATIONS_LOG)[0])
+        with pytest.raises(ValueError, match="holds no weights of a ConViT"):
+            files.load_weights(options.output / files.WEIGHTS)
+
+    @pytest.mark.parametrize("change", [{"ablation": "b"}, {"reference": True}, {"stem": "conv"}], ids=str)
+    def test_a_cnn_has_no_attention_to_set(self, options: Options, change: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match="--cnn has no attention"):
+            trainer(dataclasses.replace(options, cnn=True, **change))
+
     def test_fused_and_reference_layers_give_the_same_loss_curve(self, options: Options, tmp_path: Path) -> None:
         """50 steps from one seed: what differs is rounding, far below what another seed makes of it."""
         options = dataclasses.replace(options, epochs=None, steps=50, depth=4, local_up_to_layer=3, drop_path=0.1)

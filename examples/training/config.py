@@ -122,6 +122,7 @@ class Settings:
     pos_embed: Annotated[bool, MODEL(help="A learnt positional embedding.")] = True
     stem: Annotated[Literal["patch", "conv"], MODEL(help="How images become patches.")] = "patch"
     ablation: Annotated[Literal["a", "b", "c", "d", "e", "f", "g"], MODEL(help="Row of the paper's Table 3.")] = "a"
+    cnn: Annotated[bool, MODEL("--cnn", help="A plain CNN, as wide and as deep on the same patches.")] = False
 
     warmup_lr: Annotated[float, TRAINING(help="Learning rate at the first step.")] = 1e-6
     weight_decay: Annotated[float, TRAINING(help="AdamW's.")] = 0.05
@@ -316,6 +317,8 @@ def _check_ranges(given: dict[str, Any]) -> None:
 def _check_together(config: Config) -> None:
     if (config.mixup or config.cutmix) and config.batch_size % 2:
         raise ValueError(f"mixup and CutMix pair the images of a batch: --batch-size {config.batch_size} must be even")
+    if config.cnn and (config.ablation != "a" or config.reference or config.stem != "patch" or config.fsdp):
+        raise ValueError("--cnn has no attention: --ablation, --reference, --stem and --fsdp are not for it")
     if config.fsdp and config.ema_decay:
         raise ValueError("--fsdp and --ema-decay do not go together: timm's average knows no sharded parameters")
     if config.fsdp and not under_torchrun():

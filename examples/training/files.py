@@ -152,7 +152,7 @@ def load_weights(path: Path) -> tuple[models.ConViT, dict[str, Any]]:
     with file:
         metadata = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
         if "model" not in metadata:
-            raise ValueError(f"{path} holds no weights of this script: its metadata lack the model's arguments")
+            raise ValueError(f"{path} holds no weights of a ConViT: its metadata lack the model's arguments")
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
     model = models.ConViT(**metadata["model"])
     model.load_state_dict(state)

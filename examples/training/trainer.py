@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from convit_kernels import GPSA, locality, models
 
 from . import data as datasets
+from .cnn import CNN
 from .config import FREE_WITH_CHANGE_LR, Config, Options, identity, resolve
 from .distributed import Processes, processes, usable_device
 from .files import (
@@ -54,7 +55,15 @@ def load_data(config: Config) -> datasets.Data:
 
 
 def model_arguments(config: Config, data: datasets.Data) -> dict[str, Any]:
-    """The arguments of `convit_kernels.models.ConViT`, fit for JSON."""
+    """The arguments of `convit_kernels.models.ConViT`, or of `CNN`, fit for JSON."""
+    if config.cnn:
+        return {
+            "in_chans": data.in_chans,
+            "num_classes": len(data.classes),
+            "patch_size": config.patch_size,
+            "embed_dim": config.embed_dim,
+            "depth": config.depth,
+        }
     return {
         "img_size": list(data.img_size),
         "in_chans": data.in_chans,
@@ -115,14 +124,19 @@ class Trainer:
 
         datasets.seed_all(config.seed)
         self.arguments = model_arguments(config, data)
-        self.model = models.ConViT(**self.arguments, backend="reference" if config.reference else None)
-        if config.init_gain:
-            set_init_gain(self.model, config.init_gain)
+        self.model: nn.Module
+        if config.cnn:
+            self.model = CNN(**self.arguments)
+        else:
+            self.model = models.ConViT(**self.arguments, backend="reference" if config.reference else None)
+            if config.init_gain:
+                set_init_gain(self.model, config.init_gain)
         self.model.to(group.device)
         self.average = ModelEmaV3(self.model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
         self.parallel: nn.Module = self.model
         if config.fsdp:
-            for block in self.model.blocks:
+            blocks: Any = self.model.blocks
+            for block in blocks:
                 fully_shard(block)
             fully_shard(self.model)
         elif group.world > 1:
@@ -217,7 +231,7 @@ class Trainer:
         self._require_finite(state)
         if self.group.first:
             metadata = {
-                "model": self.arguments,
+                "cnn" if self.config.cnn else "model": self.arguments,
                 "mean": self.data.mean,
                 "std": self.data.std,
                 "classes": self.data.classes,
@@ -282,14 +296,15 @@ class Trainer:
         return loss.detach()
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Loss and accuracy, as a share, on the whole test split."""
+    def evaluate(self, split: datasets.Split | None = None) -> dict[str, float]:
+        """Loss and accuracy, as a share, on the whole test split, or on another: test_loss, test_accuracy."""
+        split = split or self.data.test
         model = self.evaluated.eval()
         plan = datasets.evaluation_plan(
-            len(self.data.test.labels), EVALUATION_BATCH, rank=self.group.rank, world=self.group.world
+            len(split.labels), EVALUATION_BATCH, rank=self.group.rank, world=self.group.world
         )
         total = torch.zeros(3, dtype=torch.float64, device=self.group.device)
-        for images, labels in self.data.test.batches(plan):
+        for images, labels in split.batches(plan):
             labels = labels.to(self.group.device)
             with self._autocast():
                 logits = model(images.to(self.group.device)).float()
@@ -300,7 +315,7 @@ class Trainer:
 
     def locality(self) -> dict[str, float]:
         """Non-locality of each layer, the mean over its heads, in patches; and the share of position of each head."""
-        if self.config.locality_images == 0:
+        if self.config.locality_images == 0 or self.config.cnn:
             return {}
         count = min(self.config.locality_images, len(self.data.test.labels))
         ((images, _),) = self.data.test.batches([datasets.Batch(list(range(count)), None)])
