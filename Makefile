@@ -16,7 +16,8 @@ SOURCES := setup.py convit_kernels/schemas.py $(shell find csrc -type f)
 
 demo: $(VENV)/built
 	$(BIN)/python -m convit_kernels demo $(ARGS)
-	$(BIN)/python examples/evaluate.py --skip-without-data
+	mkdir -p build
+	$(BIN)/python examples/evaluate.py --picture build/attention.png
 
 # Two processes take the tests, file by file (ARGS="-n 0": this one alone, for a debugger); a thread that waits leaves its
 # core to the other's. Triton's interpreter is a matter of the whole process, so its tests have runs of their own.

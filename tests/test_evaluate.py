@@ -105,12 +105,14 @@ def test_bad_input(trained: tuple[Path, float], idx_data: Path, tmp_path: Path) 
     assert "truncated" in fails("--weights", tmp_path / "half", "--data", idx_data)
     assert "apt-get install dataset-fashion-mnist" in fails("--weights", weights, "--data", nothing)
     assert "img_size [12, 12], not [28, 28]" in fails("--weights", BOX, "--data", idx_data)
-    assert "No such file" in fails("--weights", nothing, "--data", nothing, "--skip-without-data")
     assert "--device graphics cannot be used here" in fails("--weights", weights, "--device", "graphics")
     for path in (nothing / "found.json", tmp_path):
-        assert f"--json {path} cannot be written" in fails("--weights", weights, "--data", idx_data, "--json", path)
-    code, output = run("--weights", weights, "--data", nothing, "--skip-without-data")
-    assert code == 0 and "apt-get install dataset-fashion-mnist" in output
+        for option in ("--json", "--picture"):
+            text = f"{option} {path} cannot be written"
+            assert text in fails("--weights", weights, "--data", idx_data, option, path)
+    assert "must end in .png or .svg" in fails(
+        "--weights", weights, "--data", idx_data, "--picture", tmp_path / "x.gif"
+    )
 
 
 def test_a_damaged_image_is_named(tmp_path: Path) -> None:
@@ -134,6 +136,25 @@ class TestTheModelInTheBox:
         assert float(last["test_accuracy"]) == pytest.approx(metadata["test_accuracy"])
         assert int(last["step"]) == metadata["step"]
         assert f"{100 * metadata['test_accuracy']:.2f} %" in (BOX.parent / "README.md").read_text()
+
+    def test_has_pictures_to_be_tried_on(self, tmp_path: Path) -> None:
+        assert sum(path.stat().st_size for path in BOX.parent.glob("*.gz")) < 1e6
+        code, output = run("--picture", tmp_path / "attention.png", "--json", tmp_path / "found.json")
+        assert code == 0 and "where the attention of one patch goes" in output.lower()
+        found = json.loads((tmp_path / "found.json").read_text())
+        _, metadata = files.load_weights(BOX)
+        assert found["images"] == 500
+        # six standard deviations of 500 draws
+        assert list(found["accuracy"].values()) == [pytest.approx(metadata["test_accuracy"], abs=0.085)] * 2
+        assert (tmp_path / "attention.png").read_bytes()[:4] == b"\x89PNG"
+
+    def test_its_pictures_are_the_first_of_the_test_split(self) -> None:
+        if not (data.FASHION_MNIST / data.IDX_FILES["test"][0]).is_file():
+            pytest.skip(f"no Fashion-MNIST in {data.FASHION_MNIST}")
+        for mine, all_of_them in zip(
+            data.read_split(BOX.parent, "test"), data.read_split(data.FASHION_MNIST, "test"), strict=True
+        ):
+            assert mine.equal(all_of_them[:500])
 
     def test_is_as_accurate_as_it_says(self) -> None:
         if not (data.FASHION_MNIST / data.IDX_FILES["test"][0]).is_file():

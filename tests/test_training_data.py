@@ -4,6 +4,7 @@ import dataclasses
 import math
 import random
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from timm.data import auto_augment
 from tiny_images import TEST
 from training import data
 from training.config import RECIPES, Config, Options, resolve
+from training.data import IDX_FILES, Augmentation, load
 
 
 class TestData:
@@ -77,6 +79,14 @@ class TestData:
             assert matches.sum(0).tolist() == [1, 1]
             seen.update(matches.nonzero()[:, 0].tolist())
         assert seen == set(range(18))
+
+    def test_a_test_split_may_stand_alone(self, idx_data: Path, tmp_path: Path) -> None:
+        for name in IDX_FILES["test"]:
+            (tmp_path / name).write_bytes((idx_data / name).read_bytes())
+        alone, whole = (load(folder, 0, 0, Augmentation(sampling_ratio=0.5)) for folder in (tmp_path, idx_data))
+        assert len(alone.train.labels) == 0
+        assert alone.test.labels.equal(whole.test.labels)
+        assert (alone.img_size, alone.classes) == (whole.img_size, whole.classes)
 
     def test_seeded_leaves_the_generators_as_they_were(self) -> None:
         def draw() -> tuple[float, float, float]:

@@ -173,7 +173,7 @@ def evaluation_plan(length: int, batch_size: int, *, rank: int = 0, world: int =
 
 def subsample(labels: Tensor, ratio: float, seed: int) -> Tensor:
     """Indices that keep this share of each class, at least one image of each; ascending, the same for a seed."""
-    if ratio == 1:
+    if ratio == 1 or not len(labels):
         return torch.arange(len(labels))
     generator = torch.Generator().manual_seed(seed)
     kept = []
@@ -286,7 +286,7 @@ auto_augment.NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing"
 
 def kind_of(path: Path) -> Kind:
     """Whether the folder holds Fashion-MNIST's files or train/ and val/; raises FileNotFoundError if neither."""
-    if (path / IDX_FILES["train"][0]).is_file():
+    if any((path / images).is_file() for images, _ in IDX_FILES.values()):
         return "idx"
     if (path / "train").is_dir() and (path / "val").is_dir():
         return "folder"
@@ -314,10 +314,12 @@ def read_idx(path: Path) -> Tensor:
 
 
 def read_split(path: Path, split: str) -> tuple[Tensor, Tensor]:
+    """(N, 1, H, W) uint8 and (N,) int64; raises FileNotFoundError and ValueError as `load`."""
     names = IDX_FILES[split]
     for name in names:
         if not (path / name).is_file():
-            raise FileNotFoundError(f"{path / name} is missing, but {path / IDX_FILES['train'][0]} is there")
+            there = next(file for files in IDX_FILES.values() for file in files if (path / file).is_file())
+            raise FileNotFoundError(f"{path / name} is missing, but {path / there} is there")
     images, labels = (read_idx(path / name) for name in names)
     if images.dim() != 3 or labels.dim() != 1 or len(images) != len(labels) or len(images) == 0:
         raise ValueError(
@@ -344,8 +346,12 @@ def load(path: Path, img_size: int, workers: int, augmentation: Augmentation) ->
 
 
 def _load_idx(path: Path, augmentation: Augmentation) -> Data:
-    """Fashion-MNIST, or anything in its format, wholly in memory."""
-    (images, labels), (test_images, test_labels) = (read_split(path, split) for split in ("train", "test"))
+    """Fashion-MNIST, or anything in its format, wholly in memory; of a test split alone no image is for training."""
+    test_images, test_labels = read_split(path, "test")
+    if any((path / name).is_file() for name in IDX_FILES["train"]):
+        images, labels = read_split(path, "train")
+    else:
+        images, labels = test_images[:0], test_labels[:0]
     if images.shape[1:] != test_images.shape[1:]:
         raise ValueError(
             f"{path}: training images have shape {tuple(images.shape[2:])}, test images {tuple(test_images.shape[2:])}"
@@ -357,7 +363,7 @@ def _load_idx(path: Path, augmentation: Augmentation) -> Data:
         TensorSplit(test_images, test_labels, *shifts),
         img_size=(images.shape[2], images.shape[3]),
         in_chans=1,
-        classes=[str(label) for label in range(int(labels.max()) + 1)],
+        classes=[str(label) for label in range(int(torch.cat((labels, test_labels)).max()) + 1)],
         mean=FASHION_MNIST_MEAN,
         std=FASHION_MNIST_STD,
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from rich.box import SIMPLE
 from rich.table import Table
 from timm.models.convit import ConVit
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 
 from convit_kernels import locality
 from convit_kernels.bench.compare import times_faster
+from convit_kernels.bench.style import subplots
 from convit_kernels.equivalence import expected
+from convit_kernels.models import ConViT
 
 from . import data as datasets
 from .terminal import Show
@@ -125,6 +128,34 @@ def load_fitting(path: Path, arguments: Mapping[str, Any], workers: int = 2) -> 
     if wrong:
         raise ValueError(f"{path} does not fit the model: it has {', '.join(wrong)}")
     return data
+
+
+def attention_figure(model: ConViT, image: Tensor, label: int) -> Figure:
+    """An image and, for each layer and head, where the patch in its middle looks.
+
+    Args:
+        image: (1, C, H, W), normalised.
+        label: its class.
+    """
+    rows, columns = (side // model.patch_size for side in image.shape[-2:])
+    query = rows // 2, columns // 2
+    maps = locality.attention_maps(model, image, query)
+    heads = max(len(of_layer[0]) for of_layer in maps.values())
+    drawing, panels = subplots(1.6 * (heads + 1), 1.7 * len(maps), len(maps), heads + 1)
+    with torch.inference_mode():
+        predicted = int(model(image).argmax())
+    shown = image[0].mean(0).cpu().numpy()
+    for panel in panels:
+        panel.axis("off")
+    for line, (name, of_layer) in enumerate(maps.items()):
+        first, *of_heads = panels[line * (heads + 1) : (line + 1) * (heads + 1)]
+        first.imshow(shown, cmap="gray", extent=(-0.5, columns - 0.5, rows - 0.5, -0.5))
+        first.plot(query[1], query[0], "s", color="#D55E00", fillstyle="none")
+        first.set_title(f"class {label}, predicted {predicted}" if line == 0 else name, fontsize=7)
+        for head, (panel, map_) in enumerate(zip(of_heads, of_layer[0].cpu(), strict=False)):
+            panel.imshow(map_.numpy(), cmap="viridis", vmin=0)
+            panel.set_title(f"{name}, head {head + 1}", fontsize=7)
+    return drawing
 
 
 def evaluation_table(evaluation: Evaluation) -> Table:
