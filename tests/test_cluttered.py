@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_images import SIZE, TEST, write_folder, write_idx
+from tiny_images import SIZE, TEST, write_folder
 from training import cluttered
-from training.data import IDX_FILES, Augmentation, load
+from training.data import IDX_FILES, Augmentation, load, write_idx
 
 
 @pytest.fixture(autouse=True)

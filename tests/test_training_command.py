@@ -14,12 +14,12 @@ import pytest
 import torch
 import train as command
 from rich.console import Console
-from tiny_images import TRAIN, learnable_images, write_folder, write_idx
+from tiny_images import TRAIN, learnable_images, write_folder
 from tiny_runs import rows, tiny_options, trainer
 from torch import Tensor
 from training import files, terminal
 from training.config import RECIPES, Options
-from training.data import IDX_FILES
+from training.data import IDX_FILES, write_idx
 from training.trainer import Trainer, train
 from typer import Exit
 from typer.testing import CliRunner, Result

@@ -1,19 +1,12 @@
 """A data set in Fashion-MNIST's files that a tiny model learns in seconds, and a folder of small pictures."""
 
-import gzip
-import struct
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from training.data import IDX_FILES
+from training.data import IDX_FILES, write_idx
 
 SIZE, CLASSES, TRAIN, TEST = 12, 3, 96, 31
-
-
-def write_idx(path: Path, values: np.ndarray) -> None:
-    header = b"\0\0\x08" + struct.pack(f">B{values.ndim}I", values.ndim, *values.shape)
-    path.write_bytes(gzip.compress(header + values.astype(np.uint8).tobytes()))
 
 
 def learnable_images(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

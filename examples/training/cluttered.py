@@ -10,14 +10,11 @@ place of a random picture of the same split, each to a random place within the c
 pixel stays. A picture has one canvas: what varies in training is what is done to any image there.
 """
 
-import gzip
-import struct
 from pathlib import Path
 
 import numpy as np
 
-from .data import IDX_FILES, kind_of, read_split
-from .files import write_atomically
+from .data import IDX_FILES, kind_of, read_split, write_idx
 
 CANVAS, SIDE, FRAGMENT, FRAGMENTS = 56, 28, 8, 8
 TRAIN, VALIDATION, TEST = 10_000, 5_000, 5_000
@@ -41,13 +38,6 @@ def cluttered(pictures: np.ndarray, chosen: np.ndarray, generator: np.random.Gen
             part = canvas[top : top + FRAGMENT, left : left + FRAGMENT]
             np.maximum(part, pictures[source, y : y + FRAGMENT, x : x + FRAGMENT], out=part)
     return canvases
-
-
-def write_idx(path: Path, values: np.ndarray) -> None:
-    """A gzipped IDX file of bytes, the same for the same values."""
-    header = b"\0\0\x08" + struct.pack(f">B{values.ndim}I", values.ndim, *values.shape)
-    content = gzip.compress(header + values.astype(np.uint8).tobytes(), mtime=0)
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def make(source: Path, folder: Path) -> Path:

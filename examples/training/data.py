@@ -26,6 +26,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 from torchvision.datasets import ImageFolder
 
+from .files import write_atomically
+
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
 FASHION_MNIST_MEAN, FASHION_MNIST_STD = (0.2860,), (0.3530,)
 IDX_FILES = {
@@ -311,6 +313,13 @@ def read_idx(path: Path) -> Tensor:
     if len(content) != header + math.prod(shape) or not shape:
         raise ValueError(f"{path} is damaged: its header tells of shape {shape}, but it has {len(content)} bytes")
     return torch.frombuffer(bytearray(content[header:]), dtype=torch.uint8).reshape(shape)
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    """A gzipped IDX file of bytes, the same for the same values."""
+    header = b"\0\0\x08" + struct.pack(f">B{values.ndim}I", values.ndim, *values.shape)
+    content = gzip.compress(header + values.astype(np.uint8).tobytes(), mtime=0)
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def read_split(path: Path, split: str) -> tuple[Tensor, Tensor]:
