@@ -30,7 +30,9 @@ TABLES, GRADIENT, DENSE = (
     "test_native_and_fallback_gradients_agree",
     "test_dense_table_is_the_attention_with_zero_padding",
 )
-MEMORY, BOUNDS, RACE = "AddressSanitizer: heap-buffer-overflow", "out of bounds for type", "ThreadSanitizer: data race"
+# of the threads that leave their memory the first is reported: beyond its end, or farther, in what was freed
+MEMORY = "AddressSanitizer: heap-(buffer-overflow|use-after-free)"
+BOUNDS, RACE = "out of bounds for type", "ThreadSanitizer: data race"
 BARRIER, RESULT = "threads of one block wait at lines", "AssertionError"
 SECONDS = 60  # of a mutant, which may hang
 # sanitizer -> (what must be said, mutant)
