@@ -29,7 +29,7 @@ from convit_kernels import locality
 from convit_kernels.bench.machine import machine
 from convit_kernels.bench.style import save
 
-BOX = Path(__file__).parent / "fashion_mnist"
+BOX = Path(__file__).parent / "cluttered"
 IN_THE_BOX = BOX / "weights.safetensors"
 LOCALITY_IMAGES = 256
 

@@ -17,9 +17,9 @@ import numpy as np
 from .data import IDX_FILES, kind_of, read_split, write_idx
 
 CANVAS, SIDE, FRAGMENT, FRAGMENTS = 56, 28, 8, 8
-TRAIN, VALIDATION, TEST = 10_000, 5_000, 5_000
+TRAIN, TEST = 4_000, 2_000
 SEED = 0
-VALIDATION_FOLDER = "validation"
+VALIDATION, PLAIN = "validation", "plain"  # folders
 
 
 def cluttered(pictures: np.ndarray, chosen: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -43,16 +43,15 @@ def cluttered(pictures: np.ndarray, chosen: np.ndarray, generator: np.random.Gen
 def make(source: Path, folder: Path) -> Path:
     """Writes the data set of Fashion-MNIST's files in `source` where it is not yet; returns the folder.
 
-    The first TRAIN pictures of a random order of the training split are for training, the first TEST of the test split
-    for the test. `folder`/VALIDATION_FOLDER has the same for training, and for the test the VALIDATION pictures after
-    them in that order: settings are chosen there.
+    TRAIN random pictures of the training split are for training, the first TEST of the test split for the test.
+    `folder`/VALIDATION has the same for training, and for the test TEST others of the training split: settings are
+    chosen there. `folder`/PLAIN has the pictures of `folder` as they are, without canvas and fragments.
 
     Raises:
         FileNotFoundError, ValueError: as `training.data.load`.
     """
-    validation = folder / VALIDATION_FOLDER
-    written = [place / name for place in (folder, validation) for names in IDX_FILES.values() for name in names]
-    if all(path.is_file() for path in written):
+    places = folder, folder / VALIDATION, folder / PLAIN
+    if all((place / name).is_file() for place in places for names in IDX_FILES.values() for name in names):
         return folder
     if kind_of(source) != "idx":
         raise ValueError(f"cluttered images are made of Fashion-MNIST's files, but {source} has folders of images")
@@ -60,19 +59,23 @@ def make(source: Path, folder: Path) -> Path:
     (pictures, labels), (test_pictures, test_labels) = (
         tuple(tensor.numpy() for tensor in read_split(source, split)) for split in ("train", "test")
     )
-    test_labels = test_labels[:TEST]
-    if pictures.shape[1:] != (1, SIDE, SIDE) or len(labels) < TRAIN + VALIDATION:
+    if pictures.shape[1:] != (1, SIDE, SIDE) or len(labels) < TRAIN + TEST:
         raise ValueError(
-            f"{source}: cluttered images are made of {TRAIN + VALIDATION} pictures and more of {SIDE} x {SIDE} pixels, "
+            f"{source}: cluttered images are made of {TRAIN + TEST} pictures and more of {SIDE} x {SIDE} pixels, "
             f"but these are {len(labels)} of {pictures.shape[2]} x {pictures.shape[3]}"
         )
-    order = generator.permutation(len(labels))
-    parts = {"train": order[:TRAIN], "validation": order[TRAIN : TRAIN + VALIDATION]}
-    made = {name: (cluttered(pictures[:, 0], part, generator), labels[part]) for name, part in parts.items()}
-    made["test"] = cluttered(test_pictures[:, 0], np.arange(len(test_labels)), generator), test_labels
-    validation.mkdir(parents=True, exist_ok=True)
-    for place, test in ((validation, "validation"), (folder, "test")):
-        for split, name in (("train", "train"), ("test", test)):
-            for file, values in zip(IDX_FILES[split], made[name], strict=True):
+    train, validation = np.split(generator.permutation(len(labels))[: TRAIN + TEST], [TRAIN])
+    test = np.arange(len(test_labels[:TEST]))
+    canvases = cluttered(pictures[:, 0], train, generator), labels[train]
+    held_out = cluttered(pictures[:, 0], validation, generator), labels[validation]
+    splits = {
+        folder: (canvases, (cluttered(test_pictures[:, 0], test, generator), test_labels[test])),
+        folder / VALIDATION: (canvases, held_out),
+        folder / PLAIN: ((pictures[train, 0], labels[train]), (test_pictures[test, 0], test_labels[test])),
+    }
+    for place, (of_train, of_test) in splits.items():
+        place.mkdir(parents=True, exist_ok=True)
+        for split, arrays in (("train", of_train), ("test", of_test)):
+            for file, values in zip(IDX_FILES[split], arrays, strict=True):
                 write_idx(place / file, values)
     return folder

@@ -1,8 +1,12 @@
-"""The study of sample efficiency: what is run, and the tables and the figure of its results.
+"""The study of sample efficiency: what is run, how its settings are chosen, what is kept of it.
 
-In the form of Tables 2 and 3 of the paper (d'Ascoli et al., 2021, arXiv 2103.10697), at a small scale: Fashion-MNIST
-for ImageNet, a model of 40 thousand parameters, 4000 steps of 16 images. Every run has the same number of steps,
-whatever its share of the images, as in the paper. Twins of a seed see the same images in the same order.
+In the form of Tables 2 and 3 of the paper (d'Ascoli et al., 2021, arXiv 2103.10697), at a small scale: cluttered
+Fashion-MNIST (`cluttered`) for ImageNet, and as a second task the same pictures as they are. A ConViT, its DeiT twin
+and a plain CNN of the same width and depth learn from shares of the training images; each run has the same number of
+steps, whatever its share, as in the paper. Models of a seed see the same images in the same order.
+
+The learning rate of each of the three families is chosen among the same few on a validation part of the training
+split, with a tenth of the images; the rows of the ablation have ConViT's.
 
 A run that has ended is not repeated; one that was killed goes on from its last checkpoint.
 """
@@ -13,105 +17,146 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
-from convit_kernels import models
-from convit_kernels.bench.style import PRINT, style
+from convit_kernels.bench.machine import describe, machine
 
+from . import cluttered
 from .config import Options, identity, resolve
 from .data import kind_of
 from .distributed import Processes
-from .files import CHECKPOINT, write_atomically
+from .files import CHECKPOINT, EVALUATIONS_LOG, STEPS_LOG, write_atomically
 from .terminal import progress
-from .trainer import Trainer, train
+from .trainer import Trainer
 
-CONVIT, DEIT = "a", "e"  # rows of Table 3
+CONVIT, DEIT, CNN = "a", "e", "cnn"  # ConViT and DeiT are rows of the paper's Table 3
+ABLATION = ("a", "b", "c", "d", "e")
+REFERENCE, BFLOAT16 = "reference", "bfloat16"  # ConViT again: with the reference's layers, and under autocast
+FAMILIES = (CONVIT, DEIT, CNN)
+CLUTTERED, PLAIN = "cluttered", cluttered.PLAIN  # tasks
+VALIDATION, LONGER = cluttered.VALIDATION, "longer"  # cluttered as well: for choosing, and with more steps
 ABLATION_RATIO = 0.1
-NAMES = {
-    "a": "ConViT",
-    "b": "gates frozen",
-    "c": "random initialisation",
-    "d": "gates frozen, random initialisation",
-    "e": "DeiT: plain attention",
-    "f": "GPSA frozen, convolutional",
-    "g": "GPSA frozen, random",
-}
-COLOURS = {CONVIT: "#009E73", DEIT: "#0072B2"}
-# Top-1 in percent on ImageNet: Table 2 (DeiT-S, ConViT-S) by share, and Table 3 (ConViT-S+) at 10 % by row
-PAPER_TABLE_2 = {0.05: (34.8, 47.8), 0.1: (48.0, 59.6), 0.3: (66.1, 73.7), 0.5: (74.6, 78.2), 1.0: (79.9, 81.4)}
-PAPER_TABLE_3 = {"a": 59.7, "b": 57.4, "c": 56.9, "d": 54.6, "e": 47.8, "f": 54.3, "g": 44.8}
+TIMES_LONGER = 4
 
-RESULT = "result.json"
-RESULTS, TABLES, FIGURE = "results.csv", "tables.md", "figure.svg"
-MEASURED = ("test_accuracy", "test_loss", "seconds")  # of a run, in RESULTS
-BEGIN, END = "<!-- tables: begin, written by examples/sample_efficiency.py -->", "<!-- tables: end -->"
+DATA, RESULT = "data", "result.json"
+RESULTS, CURVES = "results.csv", "curves.csv"
+# of a run, in RESULTS; in shares, images of training, and seconds with all evaluations
+MEASURED = ("test_accuracy", "test_loss", "train_accuracy", "images_per_second", "seconds")
 
-
-# the recipe with a smaller model, so that there is time for many runs
 SMALL = Options(
-    embed_dim=32, depth=4, local_up_to_layer=3, batch_size=16, lr=6.4e-2, checkpoint_every=1000, log_every=100
+    embed_dim=48,
+    depth=4,
+    local_up_to_layer=3,
+    batch_size=16,
+    crop_padding=0,
+    checkpoint_every=300,
+    log_every=50,
+    locality_images=64,
 )
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is run: a ConViT and its twin at each ratio, every row of Table 3 at `ABLATION_RATIO`, with each seed.
+    """What is run: the three families at each ratio on both tasks, each row of `ABLATION` at `ABLATION_RATIO`.
 
-    `options` say how each run is trained.
+    And of one seed, with the largest share, each family in `TIMES_LONGER` as many steps: what is left unlearnt.
+
+    Attributes:
+        seeds: of each run but those that choose.
+        steps: of each run; half of them of those that choose.
+        lrs: learning rates to choose among, of 512 images a step; of one nothing is chosen.
+        evaluations: of a run, evenly over its steps; of those that choose one, at the end.
+        options: how each run is trained.
     """
 
-    ratios: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
+    ratios: tuple[float, ...] = (0.05, 0.1, 1.0)
     seeds: int = 3
-    steps: int = 4000
+    steps: int = 1200
+    lrs: tuple[float, ...] = (1.6e-2, 3.2e-2, 6.4e-2)
+    evaluations: int = 10
     options: Options = SMALL
 
 
-QUICK = Study(ratios=(0.01, 0.1, 1.0), seeds=1, steps=1500)
+QUICK = Study(ratios=(0.1, 1.0), seeds=1, steps=150, lrs=(3.2e-2,), evaluations=2)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: a row of Table 3, a share of the images, a seed."""
+    """One training run: on a task, of a family or a row of Table 3, with a share of the images, a seed, a rate."""
 
+    task: str
     row: str
     ratio: float
     seed: int
+    lr: float
 
     @property
     def name(self) -> str:
-        return f"{self.row}-{self.ratio:g}-seed{self.seed}"
+        return f"{self.task}-{self.row}-{self.ratio:g}-lr{self.lr:g}-seed{self.seed}"
 
 
-def runs(study: Study) -> list[Run]:
-    """Every run of a study, all those of the first seed first."""
-    kinds = [(row, ratio) for ratio in study.ratios for row in (CONVIT, DEIT)]
-    kinds += [(row, ABLATION_RATIO) for row in models.ABLATIONS if (row, ABLATION_RATIO) not in kinds]
-    return [Run(row, ratio, seed) for seed in range(study.seeds) for row, ratio in kinds]
+Results = Mapping[Run, Mapping[str, Any]]
 
 
-def run_options(run: Run, study: Study, data: Path, output: Path) -> Options:
-    """How a run is trained."""
+def family(row: str) -> str:
+    """Whose learning rate a row has."""
+    return row if row in FAMILIES else CONVIT
+
+
+def choosing(study: Study) -> list[Run]:
+    """The runs that choose each family's learning rate."""
+    if len(study.lrs) == 1:
+        return []
+    return [Run(VALIDATION, row, ABLATION_RATIO, 0, lr) for lr in study.lrs for row in FAMILIES]
+
+
+def chosen(study: Study, results: Results) -> dict[str, float]:
+    """Each family's learning rate: that of the best validation accuracy, of equal ones the smallest."""
+    if len(study.lrs) == 1:
+        return dict.fromkeys(FAMILIES, study.lrs[0])
+    accuracy = {(run.row, run.lr): results[run]["test_accuracy"] for run in choosing(study)}
+    return {row: max(sorted(study.lrs), key=lambda lr: accuracy[row, lr]) for row in FAMILIES}
+
+
+def runs(study: Study, lrs: Mapping[str, float]) -> list[Run]:
+    """Every other run of a study, all those of the first seed first."""
+    kinds = [(task, row, ratio) for task in (CLUTTERED, PLAIN) for ratio in study.ratios for row in FAMILIES]
+    kinds += [(CLUTTERED, row, ABLATION_RATIO) for row in ABLATION]
+    found = [
+        Run(task, row, ratio, seed, lrs[family(row)])
+        for seed in range(study.seeds)
+        for task, row, ratio in dict.fromkeys(kinds)
+    ]
+    found += [Run(CLUTTERED, row, ABLATION_RATIO, 0, lrs[CONVIT]) for row in (REFERENCE, BFLOAT16)]
+    return found + [Run(LONGER, row, max(study.ratios), 0, lrs[row]) for row in FAMILIES]
+
+
+def run_options(run: Run, study: Study, output: Path) -> Options:
+    """How a run is trained, on what was made of Fashion-MNIST in `output`."""
+    data = output / DATA
+    steps = {VALIDATION: study.steps // 2, LONGER: study.steps * TIMES_LONGER}.get(run.task, study.steps)
     return dataclasses.replace(
         study.options,
-        data=data,
+        data=data / run.task if run.task in (PLAIN, VALIDATION) else data,
         output=output / run.name,
         resume="auto",
-        ablation=run.row,  # type: ignore[arg-type]
+        ablation=run.row if run.row in ABLATION else "a",  # type: ignore[arg-type]
+        cnn=run.row == CNN,
+        reference=run.row == REFERENCE,
+        amp=run.row == BFLOAT16,
         sampling_ratio=run.ratio,
         seed=run.seed,
-        steps=study.steps,
-        warmup_steps=study.steps // 20,
-        evaluate_every=study.steps,
+        lr=run.lr,
+        steps=steps,
+        warmup_steps=steps // 20,
+        evaluate_every=steps if run.task == VALIDATION else max(1, steps // study.evaluations),
         device="cpu",
     )
 
@@ -127,20 +172,20 @@ def finished(options: Options) -> dict[str, Any] | None:
     return result
 
 
-def check(all_options: Mapping[Run, Options]) -> None:
-    """Raises what would end a run before its first step: FileNotFoundError or ValueError."""
-    for options in all_options.values():
-        finished(options)
-    fewest_images = all_options[min(all_options, key=lambda run: run.ratio)]
-    config = resolve(fewest_images, kind_of(fewest_images.data))
-    Trainer(config, Processes(0, 1, torch.device(config.device)))
+def trainer(options: Options) -> Trainer:
+    config = resolve(options, kind_of(options.data))
+    return Trainer(config, Processes(0, 1, torch.device(config.device)))
 
 
 def execute(options: Options) -> dict[str, Any]:
     """Trains, and keeps the result, logs and weights; in a process of its own."""
     start = time.perf_counter()
-    evaluation = train(options, show_progress=False)
-    result = evaluation | {"seconds": time.perf_counter() - start, "settings": identity(options)}
+    run = trainer(options)
+    result: dict[str, Any] = dict(run.train(show_progress=False))
+    result["train_accuracy"] = run.evaluate(run.data.train)["test_accuracy"]
+    with (options.output / STEPS_LOG).open(newline="") as file:
+        result["images_per_second"] = statistics.median(float(row["images_per_second"]) for row in csv.DictReader(file))
+    result |= {"seconds": time.perf_counter() - start, "machine": describe(machine()), "settings": identity(options)}
     text = json.dumps(result, indent=2)
     write_atomically(options.output / RESULT, lambda temporary: temporary.write_text(text))
     (options.output / CHECKPOINT).unlink()
@@ -168,151 +213,91 @@ def run_all(all_options: Mapping[Run, Options], jobs: int) -> dict[Run, dict[str
     return {run: results[run] for run in all_options}
 
 
-# Tables and figure
-
-Accuracies = Mapping[tuple[str, float], Sequence[float]]  # percent, by row and ratio, in order of the seeds
-
-
-def accuracies(results: Mapping[Run, Mapping[str, Any]]) -> Accuracies:
-    by_kind: dict[tuple[str, float], list[float]] = {}
-    for run, result in results.items():
-        by_kind.setdefault((run.row, run.ratio), []).append(100 * result["test_accuracy"])
-    return by_kind
-
-
-def spread(values: Sequence[float], sign: str = "") -> str:
-    """Mean and standard deviation over the seeds; of one seed its value alone."""
-    mean = f"{statistics.mean(values):{sign}.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
-
-
-def relative_gap(deit: float, convit: float) -> str:
-    return f"{100 * (convit / deit - 1):+.1f} %"
-
-
-def efficiency_table(scores: Accuracies) -> str:
-    """In the form of the paper's Table 2."""
-    lines = [
-        "| images used | DeiT twin | ConViT | gap, of pairs | relative gap | the paper's, ImageNet |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for ratio in sorted({ratio for row, ratio in scores if row == CONVIT}):
-        deit, convit = scores[DEIT, ratio], scores[CONVIT, ratio]
-        gaps = [ours - theirs for ours, theirs in zip(convit, deit, strict=True)]
-        relative = relative_gap(statistics.mean(deit), statistics.mean(convit))
-        paper = relative_gap(*PAPER_TABLE_2[ratio]) if ratio in PAPER_TABLE_2 else ""
-        cells = (f"{ratio:.0%}", spread(deit), spread(convit), spread(gaps, "+"), relative, paper)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def ablation_table(scores: Accuracies) -> str:
-    """In the form of the paper's Table 3, the column of 10 %."""
-    lines = ["| | | accuracy | the paper's, ImageNet |", "| --- | --- | ---: | ---: |"]
-    for row, name in NAMES.items():
-        lines.append(f"| {row} | {name} | {spread(scores[row, ABLATION_RATIO])} | {PAPER_TABLE_3[row]} |")
-    return "\n".join(lines)
-
-
-def report(study: Study, results: Mapping[Run, Mapping[str, Any]]) -> str:
-    """Both tables in Markdown, with what they rest on."""
-    scores = accuracies(results)
-    config = resolve(study.options, "idx")
-    over = f"mean ± standard deviation over {study.seeds} seeds" if study.seeds > 1 else "one seed, so no spread"
-    return f"""\
-Test accuracy in percent on Fashion-MNIST, {over}. Every run has {study.steps} steps of {config.batch_size} images:
-{config.depth} blocks, {config.local_up_to_layer} of them GPSA, {config.num_heads} heads, {config.embed_dim} channels, \
-patches of {config.patch_size} x {config.patch_size} pixels. Two models of the same seed see
-the same images in the same order. The paper's figures are of ImageNet, models of 22 to 48 million parameters and 300
-epochs: compare the signs, not the sizes. Top-5 of ten classes would say little.
-
-**Sample efficiency** (Table 2)
-
-{efficiency_table(scores)}
-
-**Ablation with {ABLATION_RATIO:.0%} of the images** (Table 3)
-
-{ablation_table(scores)}
-"""
-
-
-def figure(scores: Accuracies) -> Figure:
-    """Accuracy by share of the images, and by row of the ablation: means, spread, and every seed as a dot."""
-    drawing = Figure(figsize=(10, 4), layout="constrained")
-    left, right = drawing.subplots(1, 2)
-    ratios = sorted({ratio for row, ratio in scores if row == CONVIT})
-    for row, name, marker in ((CONVIT, "ConViT", "o"), (DEIT, "DeiT twin", "s")):
-        samples = [scores[row, ratio] for ratio in ratios]
-        left.errorbar(
-            [100 * ratio for ratio in ratios],
-            [statistics.mean(values) for values in samples],
-            [statistics.stdev(values) if len(values) > 1 else 0.0 for values in samples],
-            marker=marker,
-            capsize=3,
-            label=name,
-            color=COLOURS[row],
-        )
-    left.set_xscale("log")
-    left.set_xticks([100 * ratio for ratio in ratios], minor=False)
-    left.xaxis.set_major_formatter(PercentFormatter(decimals=0))
-    left.xaxis.set_minor_locator(mpl.ticker.NullLocator())
-    left.set(title="Sample efficiency", xlabel="training images used", ylabel="test accuracy, %")
-    left.legend()
-
-    rows = list(NAMES)[::-1]
-    for height, row in enumerate(rows):
-        values = scores[row, ABLATION_RATIO]
-        colour = COLOURS.get(row, "#555555")
-        right.plot(values, [height] * len(values), "o", color=colour, alpha=0.5, markeredgewidth=0)
-        right.plot([statistics.mean(values)], [height], "|", color=colour, markersize=18, markeredgewidth=2)
-    right.set_yticks(range(len(rows)), [f"{row}  {NAMES[row]}" for row in rows])
-    right.set(title=f"Ablation, {ABLATION_RATIO:.0%} of the images", xlabel="test accuracy, %")
-    return drawing
-
-
-def write_results(results: Mapping[Run, Mapping[str, Any]], output: Path) -> None:
-    """Writes results.csv and figure.svg."""
-    lines = [[*dataclasses.astuple(run), *(result[name] for name in MEASURED)] for run, result in results.items()]
-
-    def write_csv(temporary: Path) -> None:
-        with temporary.open("w", newline="") as file:
-            csv.writer(file).writerows([[*(field.name for field in dataclasses.fields(Run)), *MEASURED], *lines])
-
-    write_atomically(output / RESULTS, write_csv)
-    with mpl.rc_context(style(PRINT)):
-        drawing = figure(accuracies(results))
-        write_atomically(
-            output / FIGURE, lambda temporary: drawing.savefig(temporary, format="svg", metadata={"Date": None})
-        )
-
-
-def read_results(path: Path, study: Study) -> dict[Run, dict[str, float]]:
-    """What `write_results` wrote into results.csv.
+def prepare(study: Study, data: Path, output: Path) -> None:
+    """Makes the data of a study.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it has other runs than the study.
+        FileNotFoundError, ValueError: there are no such data, or `output` holds another study.
     """
-    with path.open(newline="") as file:
-        results = {
-            Run(line["row"], float(line["ratio"]), int(line["seed"])): {name: float(line[name]) for name in MEASURED}
-            for line in csv.DictReader(file)
-        }
-    if set(results) != set(runs(study)):
-        raise ValueError(f"{path} has other runs than this study: give the --quick and --seeds that it was made with")
-    return results
+    cluttered.make(data, output / DATA)
+    first = choosing(study) or runs(study, chosen(study, {}))
+    all_options = {run: run_options(run, study, output) for run in first}
+    for options in all_options.values():
+        finished(options)
+    trainer(all_options[min(first, key=lambda run: run.ratio)])
 
 
-def place_for_tables(page: Path) -> tuple[str, str]:
-    """What a page has before and after its tables; raises ValueError where the markers are missing."""
-    before, begin, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{page} has no place for the tables: put {BEGIN} and {END} where they belong")
-    return before, after
+def carry_out(study: Study, output: Path, jobs: int) -> dict[Run, dict[str, Any]]:
+    """All runs of a study that is prepared: those that choose, then all others."""
+    results = run_all({run: run_options(run, study, output) for run in choosing(study)}, jobs)
+    rest = {run: run_options(run, study, output) for run in runs(study, chosen(study, results))}
+    return results | run_all(rest, jobs)
 
 
-def write_page(page: Path, tables: str) -> None:
-    """Puts the tables between the page's markers; raises ValueError where it has none."""
-    before, after = place_for_tables(page)
-    write_atomically(page, lambda file: file.write_text(f"{before}{BEGIN}\n\n{tables}\n{END}{after}"))
+# Files
+
+Curve = list[dict[str, float]]  # a row for each evaluation
+
+
+def curve(output: Path) -> Curve:
+    """What a run's log of evaluations says: step, test_accuracy and, where a model has them, the means over the heads
+    of non-locality and gate of each layer, `nonlocality_0` and `gate_0`."""
+    found = []
+    with (output / EVALUATIONS_LOG).open(newline="") as file:
+        for row in csv.DictReader(file):
+            values = {name: float(value) for name, value in row.items() if value}
+            point = {name: values[name] for name in ("step", "test_accuracy") if name in values}
+            point |= {name: value for name, value in values.items() if name.startswith("nonlocality_")}
+            gates: dict[str, list[float]] = {}
+            for name, value in values.items():
+                if name.startswith("gate_"):
+                    gates.setdefault(name.rpartition("_")[0], []).append(value)
+            found.append(point | {layer: statistics.mean(of_heads) for layer, of_heads in gates.items()})
+    return found
+
+
+def curves_of(results: Results, output: Path) -> dict[Run, Curve]:
+    """Those of a study's runs in `output`, without the runs that choose."""
+    return {run: curve(output / run.name) for run in results if run.task != VALIDATION}
+
+
+def _write(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomically(path, write)
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Run))
+
+
+def write_results(results: Results, curves: Mapping[Run, Curve], output: Path) -> None:
+    """Writes results.csv, a row for each run, and curves.csv, one for each evaluation of those that did not choose."""
+    rows = [vars(run) | {name: result[name] for name in (*MEASURED, "machine")} for run, result in results.items()]
+    _write(output / RESULTS, (*FIELDS, *MEASURED, "machine"), rows)
+    points = [vars(run) | point for run, of_run in curves.items() for point in of_run]
+    measured = dict.fromkeys(name for point in points for name in point)
+    _write(output / CURVES, tuple(measured), points)
+
+
+def _run(line: dict[str, str]) -> Run:
+    task, row, ratio, seed, lr = (line.pop(name) for name in FIELDS)
+    return Run(task, row, float(ratio), int(seed), float(lr))
+
+
+def read_results(folder: Path) -> tuple[dict[Run, dict[str, Any]], dict[Run, Curve]]:
+    """What `write_results` wrote; raises FileNotFoundError where it is not there."""
+    results: dict[Run, dict[str, Any]] = {}
+    curves: dict[Run, Curve] = {}
+    with (folder / RESULTS).open(newline="") as file:
+        for line in csv.DictReader(file):
+            run, name = _run(line), line.pop("machine")
+            results[run] = {"machine": name} | {name: float(value) for name, value in line.items()}
+    with (folder / CURVES).open(newline="") as file:
+        for line in csv.DictReader(file):
+            run = _run(line)
+            curves.setdefault(run, []).append({name: float(value) for name, value in line.items() if value})
+    return results, curves

@@ -296,14 +296,15 @@ class Trainer:
         return loss.detach()
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Loss and accuracy, as a share, on the whole test split."""
+    def evaluate(self, split: datasets.Split | None = None) -> dict[str, float]:
+        """Loss and accuracy, as a share, on the whole test split, or on another: test_loss, test_accuracy."""
+        split = split or self.data.test
         model = self.evaluated.eval()
         plan = datasets.evaluation_plan(
-            len(self.data.test.labels), EVALUATION_BATCH, rank=self.group.rank, world=self.group.world
+            len(split.labels), EVALUATION_BATCH, rank=self.group.rank, world=self.group.world
         )
         total = torch.zeros(3, dtype=torch.float64, device=self.group.device)
-        for images, labels in self.data.test.batches(plan):
+        for images, labels in split.batches(plan):
             labels = labels.to(self.group.device)
             with self._autocast():
                 logits = model(images.to(self.group.device)).float()
