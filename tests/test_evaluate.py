@@ -104,7 +104,7 @@ def test_bad_input(trained: tuple[Path, float], idx_data: Path, tmp_path: Path) 
     (tmp_path / "half").write_bytes(weights.read_bytes()[:-100])
     assert "truncated" in fails("--weights", tmp_path / "half", "--data", idx_data)
     assert "apt-get install dataset-fashion-mnist" in fails("--weights", weights, "--data", nothing)
-    assert "img_size [12, 12], not [28, 28]" in fails("--weights", BOX, "--data", idx_data)
+    assert "img_size [12, 12], not [56, 56]" in fails("--weights", BOX, "--data", idx_data)
     assert "--device graphics cannot be used here" in fails("--weights", weights, "--device", "graphics")
     for path in (nothing / "found.json", tmp_path):
         for option in ("--json", "--picture"):
@@ -124,6 +124,13 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
     arguments = ["--weights", str(tmp_path / "run" / files.WEIGHTS), "--data", str(folder)]
     result = CliRunner().invoke(evaluate.app, arguments)
     assert result.exit_code == 1 and f"error: {path} cannot be read as an image" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not (data.FASHION_MNIST / data.IDX_FILES["test"][0]).is_file():
+        pytest.skip(f"no Fashion-MNIST in {data.FASHION_MNIST}; the log's accuracy is checked without")
+    return cluttered.make(data.FASHION_MNIST, tmp_path_factory.mktemp("made"))
 
 
 class TestTheModelInTheBox:
@@ -147,12 +154,6 @@ class TestTheModelInTheBox:
         # four standard deviations of 500 draws
         assert list(found["accuracy"].values()) == [pytest.approx(metadata["test_accuracy"], abs=0.085)] * 2
         assert (tmp_path / "attention.png").read_bytes()[:4] == b"\x89PNG"
-
-    @pytest.fixture(scope="class")
-    def made(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        if not (data.FASHION_MNIST / data.IDX_FILES["test"][0]).is_file():
-            pytest.skip(f"no Fashion-MNIST in {data.FASHION_MNIST}; the log's accuracy is checked above")
-        return cluttered.make(data.FASHION_MNIST, tmp_path_factory.mktemp("made"))
 
     def test_its_pictures_are_the_first_of_the_test_split(self, made: Path) -> None:
         for mine, all_of_them in zip(data.read_split(BOX.parent, "test"), data.read_split(made, "test"), strict=True):
