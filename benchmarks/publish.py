@@ -27,6 +27,7 @@ from convit_kernels.bench.compare import MEANING, SpeedUp, footnote, noise_of_ru
 from convit_kernels.bench.figures import write_figures
 from convit_kernels.bench.implementations import ARCHITECTURES, EAGER, MODES, PARTS, SDPA, is_ours, label, place
 from convit_kernels.bench.machine import describe, machine
+from convit_kernels.bench.markdown import table
 from convit_kernels.bench.measure import milliseconds, spread
 from convit_kernels.bench.results import NotMeasured, Results, Row, by_group, load
 
@@ -88,13 +89,6 @@ def new_results() -> Path:
     name = f"{here['gpu'] or here['cpu']} {here['cpu_capability']} {here['threads']} threads"
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return RESULTS / f"{slug}-{here['commit'] or 'no-commit'}.json"
-
-
-def table(headings: Iterable[str], rows: Iterable[Iterable[str]], named: int = 1) -> list[str]:
-    """A table in Markdown; the first `named` columns are text, the others numbers."""
-    headings = list(headings)
-    rule = ["---"] * named + ["---:"] * (len(headings) - named)
-    return [f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows)]
 
 
 # ---- times faster ----------------------------------------------------------------------------------------------------

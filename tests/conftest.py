@@ -135,6 +135,17 @@ def idx_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_all(tmp_path_factory.mktemp("idx"))
 
 
+@pytest.fixture
+def small_canvases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cluttered images of the pictures of `idx_data`, which are small and few."""
+    from tiny_images import SIZE
+    from training import cluttered
+
+    values = {"SIDE": SIZE, "CANVAS": 2 * SIZE, "FRAGMENT": 4, "TRAIN": 60, "TEST": 20}
+    for name, value in values.items():
+        monkeypatch.setattr(cluttered, name, value)
+
+
 @pytest.fixture(scope="session")
 def folder_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of small pictures, with train/ and val/."""

@@ -10,13 +10,7 @@ from training import cluttered
 from training.data import IDX_FILES, Augmentation, load, write_idx
 from typer.testing import CliRunner
 
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Canvases for the tests' small pictures, of which there are few."""
-    values = {"SIDE": SIZE, "CANVAS": 2 * SIZE, "FRAGMENT": 4, "TRAIN": 60, "TEST": 20}
-    for name, value in values.items():
-        monkeypatch.setattr(cluttered, name, value)
+pytestmark = pytest.mark.usefixtures("small_canvases")
 
 
 def places(canvas: np.ndarray, picture: np.ndarray) -> list[tuple[int, int]]:

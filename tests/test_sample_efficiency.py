@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import sample_efficiency
-from tiny_images import SIZE
-from training import cluttered, files, report, study
+from training import files, report, study
 from training.config import Options
 from typer.testing import CliRunner
 
@@ -159,15 +158,7 @@ def test_a_finished_run_is_not_repeated(idx_data: Path, tmp_path: Path) -> None:
         study.finished(dataclasses.replace(options, steps=3))
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Canvases for the tests' small pictures, of which there are few."""
-    values = {"SIDE": SIZE, "CANVAS": 2 * SIZE, "FRAGMENT": 4, "TRAIN": 60, "TEST": 20}
-    for name, value in values.items():
-        monkeypatch.setattr(cluttered, name, value)
-
-
-def test_bad_input(idx_data: Path, tmp_path: Path, small: None) -> None:
+def test_bad_input(idx_data: Path, tmp_path: Path, small_canvases: None) -> None:
     arguments = ["--data", str(tmp_path / "nothing"), "--output", str(tmp_path / "out")]
     result = CliRunner().invoke(sample_efficiency.app, arguments)
     assert result.exit_code == 2 and "apt-get install dataset-fashion-mnist" in result.stderr
@@ -179,7 +170,7 @@ def test_bad_input(idx_data: Path, tmp_path: Path, small: None) -> None:
     assert result.exit_code == 2 and "6 training images do not fill one step of 16" in result.stderr
 
 
-def test_the_whole_of_it(idx_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: None) -> None:
+def test_the_whole_of_it(idx_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_canvases: None) -> None:
     """Every run of a study of a few steps, in another process, and what is written of it."""
     options = dataclasses.replace(study.SMALL, batch_size=8, embed_dim=16)
     tiny = study.Study(ratios=(0.5,), seeds=1, steps=2, lrs=(1e-2, 2e-2), options=options)

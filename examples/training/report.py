@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
 from scipy.stats import t as student  # type: ignore[import-untyped]
 
+from convit_kernels.bench.markdown import table
 from convit_kernels.bench.style import PRINT, save, style, subplots
 
 from .config import resolve
@@ -79,23 +80,22 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> str:
     return f"{mean} ± {half:.1f}"
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
-    """In Markdown, the first `texts` columns to the left."""
-    rule = ["---" if column < texts else "---:" for column in range(len(headings))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (headings, rule, *rows))
+def _ratios(of: Scores, task: str) -> list[float]:
+    """The shares of the images that a task was learnt from."""
+    return sorted({ratio for name, _, ratio in of if name == task})
 
 
 def efficiency_table(of: Scores, task: str) -> str:
     """In the form of the paper's Table 2."""
     rows = []
-    for ratio in sorted({ratio for name, _, ratio in of if name == task}):
+    for ratio in _ratios(of, task):
         deit, convit, cnn = (of[task, row, ratio] for row in (DEIT, CONVIT, CNN))
         paper = PAPER_TABLE_2.get(ratio)
         gap = f"{paper[1] - paper[0]:+.1f}" if paper else ""
         cells = [spread(deit), spread(convit), difference(convit, deit), gap, spread(cnn), difference(convit, cnn)]
         rows.append([f"{ratio:.0%}", *cells])
     headings = ["images used", "DeiT twin", "ConViT", "ConViT - DeiT", "the paper's", "CNN", "ConViT - CNN"]
-    return _table(headings, rows, texts=0)
+    return "\n".join(table(headings, rows, named=0))
 
 
 def ablation_table(of: Scores) -> str:
@@ -112,7 +112,7 @@ def ablation_table(of: Scores) -> str:
         ]
         for row in ABLATION
     ]
-    return _table(["", "", "accuracy", "against a", "the paper's", "against a"], rows, texts=2)
+    return "\n".join(table(["", "", "accuracy", "against a", "the paper's", "against a"], rows, named=2))
 
 
 def fit_table(results: Results, curves: Mapping[Run, Curve]) -> str:
@@ -120,7 +120,7 @@ def fit_table(results: Results, curves: Mapping[Run, Curve]) -> str:
     of_train = scores(results, "train_accuracy")
     rows = []
     for task in (CLUTTERED, PLAIN, LONGER):
-        for ratio in sorted({ratio for name, _, ratio in of_train if name == task}):
+        for ratio in _ratios(of_train, task):
             cells = []
             for row in FAMILIES:
                 kind = [run for run in curves if (run.task, run.row, run.ratio) == (task, row, ratio)]
@@ -128,7 +128,7 @@ def fit_table(results: Results, curves: Mapping[Run, Curve]) -> str:
                 cells += [f"{statistics.mean(gains):+.1f}", f"{statistics.mean(of_train[task, row, ratio]):.0f}"]
             rows.append([task, f"{ratio:.0%}", *cells])
     headings = ["task", "images used", *(f"{NAMES[row]}: {what}" for row in FAMILIES for what in ("gain", "fit"))]
-    return _table(headings, rows)
+    return "\n".join(table(headings, rows))
 
 
 def last_gain(curve: Curve) -> float:
@@ -149,7 +149,9 @@ def locality_table(curves: Mapping[Run, Curve]) -> str:
             cells += [f"{value:.2f}" for value in values] or [""] * (1 + len(columns))
         rows.append(cells)
     times = ["untrained", *(title for *_, title in columns)]
-    return _table(["layer", *(f"{what}, {time}" for what in ("non-locality", "gate") for time in times)], rows, texts=0)
+    return "\n".join(
+        table(["layer", *(f"{what}, {time}" for what in ("non-locality", "gate") for time in times)], rows, named=0)
+    )
 
 
 def against_twin(results: Results, row: str) -> tuple[str, str]:
@@ -234,7 +236,7 @@ they came to {reference[1]}. Under bfloat16's autocast it trained {bfloat16[0]};
 
 
 def _against_share(panel: Axes, of: Scores, task: str, title: str) -> None:
-    ratios = sorted({ratio for name, _, ratio in of if name == task})
+    ratios = _ratios(of, task)
     for row in FAMILIES:
         colour, marker = STYLES[row]
         samples = [of[task, row, ratio] for ratio in ratios]
