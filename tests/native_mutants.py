@@ -174,14 +174,28 @@ MUTANTS = [
         "TestEquivalence::test_grids",
         "pos_weight[0]",
         "pos_weight[1]",
-        "fill_factor(…, pos_weight[2], p.width",
+        "fill_table(…, pos_weight[2], width_",
+    ),
+    Mutant(
+        "the weight of y along an x that is long",
+        "TestEquivalence::test_rows_of_any_length",
+        "pos_weight[0]",
+        "pos_weight[1]",
+        "…, pos_weight[2], width_, columns",
     ),
     Mutant(
         "all blocks' queries in the grid's first rows",
         "TestEquivalence::test_grids",
-        "begin / width",
+        "begin / width_",
         "0",
-        "int64_t column = begin % width, row = …;",
+        "y = …;",
+    ),
+    Mutant(
+        "every block begins where a grid row does",
+        "TestEquivalence::test_grids",
+        "-x",
+        "0",
+        "run = 0, begin = …;",
     ),
     Mutant(
         "position is mixed in without the gate",
@@ -245,7 +259,7 @@ MUTANTS = [
         "TestEquivalence::test_many_tokens_in_float64",
         "key / p.width",
         "0",
-        "m.row_factor + … * columns",
+        "m.factors.row + … * columns",
     ),
     Mutant(
         "the maximum does not run: it is the chunk's own",
@@ -352,8 +366,8 @@ MUTANTS = [
     Mutant(
         "an odd last channel is dropped",
         "TestRounding::test_half_precision_errs_by_two_roundings",
-        "2 * pair < head_dim",
-        "false",
+        "(head_dim - 2 * whole)",
+        "(head_dim / 2 * 2 - 2 * whole)",
         only="bf16",
     ),
     Mutant(

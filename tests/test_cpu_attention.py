@@ -178,7 +178,9 @@ class TestExtremes:
         spoiled = getattr(inputs, which).clone()
         spoiled[0, :, (5, 420), 3] = value
         inputs = inputs._replace(**{which: spoiled}, pos_weight=inputs.pos_weight * position)
-        expected, found = eager_attention(inputs, MANY, 0.5), attend(inputs, MANY, 0.5)
+        # in float32: PyTorch's product of bfloat16 by AMX lets the NaN of a row into the one before, where keys are odd
+        expected = eager_attention(inputs.to(torch.float32), MANY, 0.5)
+        found = attend(inputs, MANY, 0.5)
         assert not torch.isfinite(expected).all()
         assert torch.equal(found.isnan(), expected.isnan())
         assert torch.equal(found.isinf(), expected.isinf())

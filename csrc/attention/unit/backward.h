@@ -29,7 +29,8 @@ struct BackwardMemory {
   Operand *queries, *d_out;  // what dk and dv are scattered from
   Operand *rows, *transposed;
   MapAndGradient<Operand> packed;  // of a chunk of keys; numbers serve where they are
-  T *scores, *d_map, *weight, *content_sum, *sums, *dq, *x, *y, *row_factor, *col_factor;
+  T *scores, *d_map, *weight, *content_sum, *sums, *dq;
+  Factors<T, 3> factors;
   int64_t bytes;
 
   BackwardMemory(const Problem& p, void* start)
@@ -55,10 +56,7 @@ struct BackwardMemory {
     d_map = memory.take<T>(tokens * columns);
     weight = memory.take<T>(columns);
     content_sum = memory.take<T>(columns);
-    x = memory.take<T>(columns);
-    y = memory.take<T>(columns);
-    row_factor = memory.take<T>(3 * p.height * columns);
-    col_factor = memory.take<T>(3 * p.width * columns);
+    factors = Factors<T, 3>(p.height, p.width, columns, memory);
     bytes = memory.used();
   }
 
@@ -162,6 +160,7 @@ void backward(
     Operands::copy_gathered(k, p.k.token, tokens, head_dim, m.key_values, channels);
   }
 
+  m.factors.prepare(pos_weight);
   const NextHead<S, 4> next(p, {p.q, p.k, p.v, p.d_out}, image_head);
   for (int64_t block = block_begin; block < block_end; ++block) {
     const int64_t begin = m.blocks.begin(block), rows = m.blocks.rows(block), columns = m.blocks.columns(block);
@@ -184,13 +183,11 @@ void backward(
     score(0, m.keys, p.q, m.queries, m.scores);
     score(1, m.values, p.d_out, m.d_out, m.d_map);
 
-    fill_coordinates(begin, columns, p.width, m.x, m.y);
-    fill_factor<true>(pos_weight[0], pos_weight[2], p.width, m.x, columns, m.col_factor);
-    fill_factor<true>(pos_weight[1], pos_weight[2], p.height, m.y, columns, m.row_factor);
+    m.factors.fill(pos_weight, begin, columns);
     for_each_group<T>(columns, [&](auto width, int64_t at) {
       softmax_sums<Operands, decltype(width)::value>(
-          m.scores + at, m.d_map + at, m.weight + at, m.content_sum + at, m.row_factor + at, m.col_factor + at, columns,
-          p.height, p.width, factor, gate, *sums);
+          m.scores + at, m.d_map + at, m.weight + at, m.content_sum + at, m.factors.row + at, m.factors.col + at,
+          columns, p.height, p.width, factor, gate, *sums);
     });
 
     const auto scatter = block == block_begin ? Operands::template scatter<false> : Operands::template scatter<true>;
@@ -200,7 +197,7 @@ void backward(
       for_each_group<T>(columns, [&](auto group_width, int64_t at) {
         constexpr int vectors = decltype(group_width)::value;
         const auto weight = load_lanes<vectors>(m.weight + at), content_sum = load_lanes<vectors>(m.content_sum + at);
-        Mix<vectors, T> mix(m.row_factor + at, m.col_factor + at, columns, key, p.width, weight, gate);
+        Mix<vectors, T> mix(m.factors.row + at, m.factors.col + at, columns, key, p.width, weight, gate);
         const T *e = m.scores + key * columns + at, *d_map = m.d_map + key * columns + at;
         const auto next_row = [&] {
           GradientRow<vectors, T> row;

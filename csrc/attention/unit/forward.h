@@ -24,7 +24,8 @@ struct ForwardMemory {
   KeyChunks chunks;
   bool resident;  // all keys and values fit, and are copied once for many blocks; else chunk by chunk
   Operand *keys, *values, *queries, *transposed, *map;
-  T *scores, *sums, *out, *x, *y, *row_factor, *col_factor;
+  T *scores, *sums, *out;
+  Factors<T, 1> factors;
   T *largest, *sum, *shrink;  // chunked: of each query, so far, and what the last chunk changed
   T* row;                     // chunked: one key's value
   T* along_y;                 // chunked: of each grid row in the block and each column of keys, values summed along y
@@ -49,10 +50,7 @@ struct ForwardMemory {
     out = memory.take<T>(columns * channels);
     sums = Operands::kTransposedSums ? memory.take<T>(columns * channels) : out;
     scores = memory.take<T>((chunked ? chunks.size : round_up(tokens, Operands::kRows)) * panel);
-    x = memory.take<T>(columns);
-    y = memory.take<T>(columns);
-    row_factor = memory.take<T>(p.height * columns);
-    col_factor = memory.take<T>(p.width * columns);
+    factors = Factors<T, 1>(p.height, p.width, columns, memory);
     largest = memory.take<T>(columns);
     sum = memory.take<T>(columns);
     shrink = memory.take<T>(columns);
@@ -201,7 +199,7 @@ struct ForwardBlock {
         [&](int64_t key, int64_t keys) {
           for (const int64_t end = key + keys; key < end; ++key) {
             source.copy_value(key, m.row);
-            const T* factor = m.row_factor + key / p.width * columns;
+            const T* factor = m.factors.row + key / p.width * columns;
             for (int64_t row = 0; row < grid_rows; ++row) {
               T* to = m.along_y + (row * p.width + key % p.width) * m.channels;
               add_row(m.row, factor[first_query(row)] * gate, to);
@@ -216,8 +214,8 @@ struct ForwardBlock {
     for (int64_t row = 0; row < grid_rows; ++row) {
       const int64_t query = first_query(row), end = minimum(rows, first_query(row + 1));
       multiply<true, true>(
-          m.col_factor + query, columns, m.along_y + row * p.width * m.channels, m.channels, m.out + query * m.channels,
-          m.channels, end - query, m.channels / kLane, p.width);
+          m.factors.col + query, columns, m.along_y + row * p.width * m.channels, m.channels,
+          m.out + query * m.channels, m.channels, end - query, m.channels / kLane, p.width);
     }
     if (!is_finite()) {  // the sums apart may have been, or may have made NaN of the map's zero and infinity
       for_each_chunk(
@@ -291,7 +289,7 @@ struct ForwardBlock {
       for (Vector<T>& sum : content.at) {
         sum = (1 - gate) / sum;
       }
-      Mix<vectors, T> mix(m.row_factor + query, m.col_factor + query, columns, key, p.width, content, gate);
+      Mix<vectors, T> mix(m.factors.row + query, m.factors.col + query, columns, key, p.width, content, gate);
       const T* row = e + at - panel.columns;
       const auto next = [&] { return mix(row += panel.columns); };
       Operands::template pack_keys<vectors>(next, keys, panel.columns, map + at);
@@ -367,11 +365,10 @@ void forward(const Forward& p, int64_t image_head, int64_t block_begin, int64_t 
   const T* pos_weight = static_cast<const T*>(p.pos_weight) + 3 * head;
   S* out = rows_of<S>(p, p.out, image_head);
 
+  m.factors.prepare(pos_weight);
   for (int64_t index = block_begin; index < block_end; ++index) {
     const int64_t begin = m.blocks.begin(index), rows = m.blocks.rows(index), columns = m.blocks.columns(index);
-    fill_coordinates(begin, columns, p.width, m.x, m.y);
-    fill_factor(pos_weight[0], pos_weight[2], p.width, m.x, columns, m.col_factor);
-    fill_factor(pos_weight[1], pos_weight[2], p.height, m.y, columns, m.row_factor);
+    m.factors.fill(pos_weight, begin, columns);
     const ForwardBlock<Operands, S> block{p, m, source, next, begin, rows, columns, gate, factor};
     block.load_queries(rows_of<S>(p, p.q, image_head));
     if (m.chunked) {

@@ -114,13 +114,16 @@ struct PairLayouts {
 
   static void copy_rows(
       const BFloat16* from, int64_t stride, int64_t rows, int64_t head_dim, uint32_t* to, int64_t depth) {
+    constexpr int lanes = kLanes<uint32_t>;
+    const int64_t whole = head_dim / (2 * lanes) * lanes;
     for (int64_t row = 0; row < rows; ++row, from += stride, to += depth) {
-      for (int64_t pair = 0; pair < head_dim / 2; ++pair) {
-        __builtin_memcpy(to + pair, from + 2 * pair, sizeof(uint32_t));
+      for (int64_t pair = 0; pair < whole; pair += lanes) {
+        __builtin_memcpy(to + pair, from + 2 * pair, kVectorBytes);
       }
-      for (int64_t pair = head_dim / 2; pair < depth; ++pair) {
-        to[pair] = 2 * pair < head_dim ? from[2 * pair].bits : 0;
+      for (int64_t pair = whole; pair < depth; pair += lanes) {
+        store(to + pair, Vector<uint32_t>{});
       }
+      copy_bits<kVectorBytes / 2>(from + 2 * whole, (head_dim - 2 * whole) * sizeof(BFloat16), to + whole);
     }
   }
 

@@ -15,10 +15,10 @@ S* rows_of(const Problem& p, const Strided& tensor, int64_t image_head) {
 // Inlined by force, as what calls it must be: GCC drops calls of functions that only prefetch.
 template <int kLocality, typename S>
 CONVIT_INLINE void prefetch_row(const S* row, int64_t head_dim) {
-  constexpr int64_t line = 64 / sizeof(S);
-  for (int64_t channel = 0; channel < head_dim + line - 1; channel += line) {
-    __builtin_prefetch(row + minimum(channel, head_dim - 1), 0, kLocality);
+  for (int64_t channel = 0; channel < head_dim; channel += 64 / sizeof(S)) {
+    __builtin_prefetch(row + channel, 0, kLocality);
   }
+  __builtin_prefetch(row + head_dim - 1, 0, kLocality);
 }
 
 // Some tensors' rows of the head that is next, brought into the second-level cache while this one is worked on.
@@ -48,6 +48,18 @@ class NextHead {
   const S* rows_[kTensors];
   int64_t strides_[kTensors];
 };
+
+// Copies `bytes` bytes, fewer than 2 kPiece: a piece of each power of two that is in their number.
+template <int kPiece>
+CONVIT_INLINE void copy_bits(const void* from, int64_t bytes, void* to) {
+  if constexpr (kPiece > 0) {
+    const int64_t piece = bytes & kPiece;
+    if (piece != 0) {
+      __builtin_memcpy(to, from, kPiece);
+    }
+    copy_bits<kPiece / 2>(static_cast<const char*>(from) + piece, bytes, static_cast<char*>(to) + piece);
+  }
+}
 
 template <typename T, typename S>
 CONVIT_INLINE void widen_row(const S* from, int64_t count, T* to) {
