@@ -228,6 +228,17 @@ class TestUnits:
         assert lines[1].startswith("| 8, 4, 14x14, 48 | 4.00 ms (88%) | 2.00 (175%) |")  # seven products, not two
         assert "| 1.00 (" in lines[3]  # by medians and by pairs, and not by the fastest call
 
+    def test_the_share_is_of_float32_s_product_where_that_is_faster(self, publish):
+        content = self.content()
+        content["peaks"]["bfloat16"]["rate"] /= 100
+        assert (
+            "| 4.00 ms (25%) |"
+            in publish.results_page(publish.Run("x", units=content)).split("**forward, bfloat16**")[1]
+        )
+        del content["peaks"]["float32"]
+        content["rows"] = [row for row in content["rows"] if row["dtype"] == "bfloat16"]
+        assert "| 4.00 ms (2500%) |" in publish.results_page(publish.Run("x", units=content))
+
     def test_a_file_belongs_to_its_run(self, publish, monkeypatch, tmp_path):
         monkeypatch.setattr(publish, "RESULTS", tmp_path)
         (tmp_path / "x-abc1234-units.json").write_text(json.dumps(self.content()))
