@@ -123,7 +123,7 @@ struct PairLayouts {
       for (int64_t pair = whole; pair < depth; pair += lanes) {
         store(to + pair, Vector<uint32_t>{});
       }
-      copy_bits<kVectorBytes / 2>(from + 2 * whole, (head_dim - 2 * whole) * sizeof(BFloat16), to + whole);
+      copy_bytes<kVectorBytes / 2>(from + 2 * whole, (head_dim - 2 * whole) * sizeof(BFloat16), to + whole);
     }
   }
 

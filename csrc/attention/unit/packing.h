@@ -51,13 +51,13 @@ class NextHead {
 
 // Copies `bytes` bytes, fewer than 2 kPiece: a piece of each power of two that is in their number.
 template <int kPiece>
-CONVIT_INLINE void copy_bits(const void* from, int64_t bytes, void* to) {
+CONVIT_INLINE void copy_bytes(const void* from, int64_t bytes, void* to) {
   if constexpr (kPiece > 0) {
     const int64_t piece = bytes & kPiece;
     if (piece != 0) {
       __builtin_memcpy(to, from, kPiece);
     }
-    copy_bits<kPiece / 2>(static_cast<const char*>(from) + piece, bytes, static_cast<char*>(to) + piece);
+    copy_bytes<kPiece / 2>(static_cast<const char*>(from) + piece, bytes, static_cast<char*>(to) + piece);
   }
 }
 

@@ -10,7 +10,7 @@ namespace {
 // One axis's factor of the positional attention: (length, columns), the softmax over the keys along that axis of
 // linear * offset + quadratic * offset^2, offset = key - query. With kMoments there follow two more of that size, the
 // factor times (offset - its mean) and times (offset^2 - its mean): relative to the query, coordinates cancel least.
-template <bool kMoments = false, typename T>
+template <bool kMoments, typename T>
 void fill_factor(T linear, T quadratic, int64_t length, const T* queries, int64_t columns, T* to) {
   for (int64_t at = 0; at < columns; at += kLanes<T>) {
     const Vector<T> query = load(queries + at);
