@@ -76,7 +76,7 @@ def main(
         chosen = [(one, 1) for one in variations() if one.sampled]
     else:
         chosen = [(Variation({}), seeds)] + [(one, others) for one in variations()]
-    small = ["-k", "not many_tokens and not chunk"]
+    small = ["-k", "not many_tokens and not chunked"]
     table = Table(title=f"Equivalence on {describe(machine())}", title_justify="left")
     for heading in ("variation", "seeds", "passed", "largest error of allowed", "s"):
         table.add_column(heading, justify="left" if heading == "variation" else "right")
