@@ -201,7 +201,7 @@ class TestResume:
         self, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """SIGKILL, ten times; the weights and logs are those of a run that nobody disturbed."""
-        options = dataclasses.replace(options, checkpoint_every=2, steps=30, epochs=None, drop_path=0.2, ema_decay=0.9)
+        options = dataclasses.replace(options, checkpoint_every=2, steps=60, epochs=None, drop_path=0.2, ema_decay=0.9)
         undisturbed = dataclasses.replace(options, output=tmp_path / "undisturbed")
         # processes are forked from one that has imported everything and computed nothing
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(EXAMPLES), *sys.path]))
